@@ -1,0 +1,1 @@
+"""Datasets: files to rows, rows of any format to conversations."""

@@ -1,0 +1,217 @@
+"""Fetch a URL with one deadline for everything, a size limit, and, for servers, public addresses only."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import threading
+import time
+import urllib.parse
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import requests
+import requests.adapters
+
+from mmtool.errors import MediaError
+
+if TYPE_CHECKING:
+    from urllib3.connectionpool import HTTPConnectionPool
+
+MAX_REDIRECTS = 3
+_CHUNK = 64 * 1024
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_CHECK = "Check the URL, or download it and give the path."
+# Some hosts refuse the name that requests would give.
+_HEADERS = {"User-Agent": "mmtool", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+
+
+def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = True) -> bytes:
+    """Return the body of ``url``.
+
+    Args:
+        url: http or https; so must be what it redirects to, ``MAX_REDIRECTS`` times at most.
+        timeout: seconds for all of it, from looking up the name to the last byte.
+        max_bytes: most bytes of the body.
+        allow_private: whether addresses that are not public are fine. If not, each name is looked up once, all its
+            addresses are checked, the connection goes to one of these, and proxies of the environment are not used.
+
+    Raises:
+        MediaError: with the reason; the message does not name the URL.
+    """
+    return _Download(url, timeout, max_bytes, allow_private).run()
+
+
+def is_public(address: str) -> bool:
+    """Tell whether an IP address belongs to the public internet; IPv4 addresses inside IPv6 ones are looked at."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_link_local or ip.is_loopback)
+
+
+class _Download:
+    """One fetch, done in a thread of its own.
+
+    Looking up a name cannot be interrupted, and a server may send its head or its body one byte at a time. So the
+    caller waits for the thread until the deadline and no longer; shutting the sockets then ends the thread too.
+    """
+
+    def __init__(self, url: str, timeout: float, max_bytes: int, allow_private: bool) -> None:
+        self.url, self.timeout, self.max_bytes, self.allow_private = url, timeout, max_bytes, allow_private
+        self.deadline = time.monotonic() + timeout
+        self.sockets: list[socket.socket] = []
+        self.lock = threading.Lock()
+        self.stopped = False
+        self.data: bytes | None = None
+        self.error: BaseException | None = None
+
+    def run(self) -> bytes:
+        thread = threading.Thread(target=self._work, name="mmtool-download", daemon=True)
+        thread.start()
+        try:
+            thread.join(self.timeout)
+        finally:
+            self._stop()
+        if self.error is not None:
+            raise self.error
+        if self.data is None:
+            raise MediaError(
+                f"no complete answer within {self.timeout:g} s", "Try again, or download it and give the path."
+            )
+        return self.data
+
+    def _work(self) -> None:
+        try:
+            with requests.Session() as session:
+                # Proxies and .netrc of the environment are for people; a proxy would look names up on its own.
+                session.trust_env = self.allow_private
+                for scheme in ("http://", "https://"):
+                    session.mount(scheme, _Adapter(self))
+                data = self._follow(session)
+            if not self.stopped:  # else its end may be our own doing
+                self.data = data
+        except (requests.RequestException, ValueError) as error:  # ValueError: a URL that cannot be parsed
+            if not self.stopped:
+                self.error = MediaError(_reason(error), _CHECK)
+        except BaseException as error:  # raised again in the thread that waits
+            if not self.stopped:
+                self.error = error
+
+    def _follow(self, session: requests.Session) -> bytes:
+        url = self.url
+        for _ in range(MAX_REDIRECTS + 1):
+            scheme = urllib.parse.urlsplit(url).scheme.lower()
+            if scheme not in ("http", "https"):
+                raise MediaError(f"it redirects to a {scheme or 'nameless'} address", _CHECK)
+            with session.get(
+                url, headers=_HEADERS, stream=True, allow_redirects=False, timeout=self._left()
+            ) as response:
+                target = session.get_redirect_target(response)
+                if target is None:
+                    return self._read(response)
+            url = urllib.parse.urljoin(url, target)
+        raise MediaError(f"it redirects more than {MAX_REDIRECTS} times", _CHECK)
+
+    def _read(self, response: requests.Response) -> bytes:
+        if response.status_code != 200:
+            raise MediaError(
+                f"the server answered {response.status_code} {_printable(response.reason or '')}".rstrip(), _CHECK
+            )
+        announced = response.headers.get("Content-Length", "")
+        if announced.isdecimal() and int(announced) > self.max_bytes:
+            self._refuse_size()
+        data = bytearray()
+        for chunk in response.iter_content(_CHUNK):
+            data += chunk
+            if len(data) > self.max_bytes:
+                self._refuse_size()
+        return bytes(data)
+
+    def _refuse_size(self) -> NoReturn:
+        raise MediaError(f"larger than the limit of {self.max_bytes / 2**20:.3g} MiB", "Use a smaller file.")
+
+    def connect(self, host: str, port: int) -> socket.socket:
+        """Look up ``host``, check its addresses, and connect to the first that answers."""
+        host = host.strip("[]")
+        name = _printable(host)[:80]
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise MediaError(f"the host {name} is not known", _CHECK) from None
+        refused = [address[0] for *_, address in found if not is_public(str(address[0]))]
+        if refused and not self.allow_private:
+            raise MediaError(f"{name} is not a public address", "Only public servers may be fetched from here.")
+        failure: OSError | None = None
+        for family, kind, protocol, _, address in found:
+            try:
+                return self._connected(socket.socket(family, kind, protocol), address)
+            except OSError as error:
+                failure = error
+        raise MediaError(f"cannot connect to {name}:{port} ({_reason(failure)})", _CHECK)
+
+    def _connected(self, sock: socket.socket, address: Any) -> socket.socket:
+        try:
+            sock.settimeout(self._left())
+            sock.connect(address)
+            with self.lock:
+                if self.stopped:
+                    raise OSError("stopped")
+                # A copy, because TLS takes the socket over; shutting the copy shuts the connection.
+                self.sockets.append(sock.dup())
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def _left(self) -> float:
+        # One second more than there is: the thread that waits decides when time is up.
+        return max(self.deadline - time.monotonic(), 0) + 1
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopped = True
+            for sock in self.sockets:
+                with contextlib.suppress(OSError):  # closed by the other side
+                    sock.shutdown(socket.SHUT_RDWR)
+                sock.close()
+
+
+class _Adapter(requests.adapters.HTTPAdapter):
+    """Gives every connection of a session to ``_Download.connect``; names in Host and in TLS stay as they are."""
+
+    def __init__(self, download: _Download) -> None:
+        self.download = download
+        super().__init__(max_retries=0)
+
+    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> HTTPConnectionPool:
+        pool = super().get_connection_with_tls_context(*args, **kwargs)
+        pool.ConnectionCls = _guarded(pool.ConnectionCls, self.download)
+        return pool
+
+
+def _guarded(base: type, download: _Download) -> type:
+    class Guarded(base):
+        def _new_conn(self) -> socket.socket:
+            return download.connect(self._dns_host, self.port)
+
+    return Guarded
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return the innermost of nested errors in a few words."""
+    while error is not None:
+        inner = [arg for arg in (*error.args, getattr(error, "reason", None)) if isinstance(arg, BaseException)]
+        if not inner:
+            break
+        error = inner[0]
+    text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+    return _printable(text)[:150]
+
+
+def _printable(text: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -1,0 +1,1 @@
+"""Engines turn requests (token ids and media tensors) into answers."""

@@ -1,0 +1,79 @@
+"""How far a dataset run is: a bar on a terminal, a line of text every few seconds in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from mmtool.log import get_logger
+
+SECONDS_BETWEEN_LINES = 5.0
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+logger = get_logger(__name__)
+
+
+class Progress:
+    """Counts rows and tokens and shows them on stderr.
+
+    Args:
+        total: how many rows there are, if that is known.
+        done: how many of them an earlier run has answered.
+    """
+
+    def __init__(self, total: int | None, done: int = 0) -> None:
+        self.total = total
+        self.done = done
+        self.rows = 0
+        self.tokens = 0
+        self._start = self._last_line = time.monotonic()
+        self._bar: Bar | None = None
+        if sys.stderr.isatty():
+            from rich.console import Console  # only for a terminal
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Bar(*columns, console=Console(stderr=True), transient=True)
+
+    def summary(self, failed: int) -> str:
+        """Say what was done, as a line for the end."""
+        seconds = time.monotonic() - self._start
+        text = f"{self.rows} rows in {seconds:.1f} s, {self.rows / seconds:.3g} rows/s, {self.tokens / seconds:.0f} tokens/s"
+        return f"{text}, {failed} of them failed" if failed else text
+
+    def advance(self, rows: int, tokens: int) -> None:
+        """Count what was finished."""
+        self.rows += rows
+        self.tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], advance=rows, description=self._rates())
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            of_total = "" if self.total is None else f" of {self.total}"
+            logger.info("%d%s rows, %s", self.done + self.rows, of_total, self._rates())
+
+    def __enter__(self) -> Progress:
+        self._start = self._last_line = time.monotonic()
+        if self._bar is not None:
+            self._bar.start()
+            self._bar.add_task("", total=self.total, completed=self.done)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _rates(self) -> str:
+        seconds = time.monotonic() - self._start
+        text = f"{self.rows / seconds:.3g} rows/s, {self.tokens / seconds:.0f} tokens/s"
+        if self.total is None or not self.rows:
+            return text
+        left = round((self.total - self.done - self.rows) * seconds / self.rows)
+        return f"{text}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -1,0 +1,1 @@
+"""Model families, one folder each; what several share is in `common`."""

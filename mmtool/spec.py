@@ -1,0 +1,49 @@
+"""What the registry knows about a model, as data; classes are named by import path and load on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Modality = Literal["image", "audio"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One model type.
+
+    Attributes:
+        model_type: the user's word, ``yi-vl-6b-chat``.
+        family: the folder below ``mmtool/models``.
+        hf_id: id on the Hugging Face hub, if it is there; ``ms_id`` the same for ModelScope.
+        modalities: what it understands beside text.
+        media_style: ``round``: the chat asks for one medium per turn; ``inline``: ``<img>..</img>`` in the text;
+            ``none``: text only.
+        template_type: name of its chat format.
+        model_class: import path ``package.module:Name``; so are ``processor_class`` and ``template_class``.
+        matches: tells from the content of a ``config.json`` whether a folder is of this type; the first match in
+            registry order wins.
+        parts: module name prefixes by part (``llm``, ``vision_encoder``, ``vision_proj``), to freeze or to target.
+        lora_target_modules: regular expression on module names, the default LoRA targets.
+        embedded: folder with the weights inside the family's package folder, for a model that needs no download.
+        description: one line for the model list.
+        docs: page below ``docs/`` about it.
+    """
+
+    model_type: str
+    family: str
+    hf_id: str | None
+    ms_id: str | None
+    modalities: tuple[Modality, ...]
+    media_style: Literal["round", "inline", "none"] = "round"
+    template_type: str
+    model_class: str
+    processor_class: str
+    template_class: str
+    matches: Callable[[Mapping[str, Any]], bool] = field(repr=False)
+    parts: Mapping[str, tuple[str, ...]] = field(repr=False)
+    lora_target_modules: str = field(repr=False)
+    embedded: str | None = None
+    description: str = ""
+    docs: str = ""
