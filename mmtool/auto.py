@@ -1,83 +1,97 @@
 """Make transformers' Auto classes know our models, without importing transformers before the user does.
 
-Only the public ``register`` calls of transformers are used. ``AutoConfig`` learns two names as soon as its module is
-loaded, which a module finder in ``sys.meta_path`` waits for; the rest follows when a config of ours is first read.
+Only the public ``register`` calls of transformers are used. ``AutoConfig`` learns the names of our families as soon as
+its module is loaded, which a module finder in ``sys.meta_path`` waits for; the rest follows when a config of ours is
+first read. What is registered stands in the ``auto`` field of each ``ModelSpec``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from importlib import import_module
+from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-from mmtool.models.yi_vl.spec import is_yi_vl
+from mmtool.registry import MODELS
+from mmtool.spec import AutoClasses
 from mmtool.utils import import_object
 
 _CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
-_LLAVA_CONFIG = "transformers.models.llava.configuration_llava:LlavaConfig"
-_YI_VL = "mmtool.models.yi_vl"
 
 
-class _YiVLConfigs:
-    """What ``AutoConfig`` finds under ``yi_vl``."""
+class _Dispatcher(type):
+    """A class that ``AutoConfig`` finds under one ``model_type``.
 
-    model_type = "yi_vl"
+    Releases use names that transformers uses as well (Yi-VL says ``llava``), so each ``config.json`` is handed to the
+    configuration class it is meant for. Whatever else is asked of the dispatcher is meant for transformers' own class
+    of that name, or for our first one where there is none.
+    """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        register_classes()
-        return import_object(f"{_YI_VL}.configuration_yi_vl:YiVLConfig")(*args, **kwargs)
+    def __new__(cls, model_type: str, owners: Iterable[AutoClasses], own_class: str | None) -> _Dispatcher:
+        # AutoConfig prefers a class from elsewhere to code that a folder brings. A name of transformers' own keeps
+        # what it prefers.
+        module = f"transformers.models.{model_type}" if own_class else __name__
+        return super().__new__(cls, "Config", (), {"model_type": model_type, "__module__": module})
 
-    @classmethod
-    def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Return the YiVLConfig of a ``config.json``; the Auto classes know it from now on."""
-        register_classes()
-        return import_object(f"{_YI_VL}.configuration_yi_vl:YiVLConfig").from_dict(config_dict, **kwargs)
+    def __init__(cls, model_type: str, owners: Iterable[AutoClasses], own_class: str | None) -> None:
+        super().__init__("Config", (), {})
+        cls.owners = tuple(owners)
+        cls.own_class = own_class
 
-
-class _TransformersLlava(type):
-    """Whatever else is asked of the class below is meant for transformers' own LlavaConfig."""
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls._default()(*args, **kwargs)
 
     def __getattr__(cls, name: str) -> Any:
-        return getattr(import_object(_LLAVA_CONFIG), name)
+        return getattr(cls._default(), name)
 
-
-class _LlavaConfigs(metaclass=_TransformersLlava):
-    """What ``AutoConfig`` finds under ``llava``: Yi-VL releases say it, and transformers' LLaVA models do."""
-
-    model_type = "llava"
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return import_object(_LLAVA_CONFIG)(*args, **kwargs)
-
-    @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> Any:
-        """Return a YiVLConfig for a Yi-VL release, transformers' LlavaConfig for anything else."""
-        if is_yi_vl(config_dict):
-            return _YiVLConfigs.from_dict(config_dict, **kwargs)
-        return import_object(_LLAVA_CONFIG).from_dict(config_dict, **kwargs)
+        """Return the configuration that a ``config.json`` is meant for; the Auto classes know its model from now on."""
+        for classes in cls.owners:
+            if classes.model_types[cls.model_type](config_dict):
+                return register_classes(classes).from_dict(config_dict, **kwargs)
+        return cls._default().from_dict(config_dict, **kwargs)
+
+    def _default(cls) -> Any:
+        if cls.own_class is not None:
+            return import_object(f"transformers:{cls.own_class}")
+        return register_classes(cls.owners[0])
 
 
-def register_classes() -> None:
-    """Register models and processors with the Auto classes; happens by itself when ``AutoConfig`` reads a folder."""
-    auto = import_module("transformers.models.auto")
-    config = import_object(f"{_YI_VL}.configuration_yi_vl:YiVLConfig")
-    head = import_object(f"{_YI_VL}.modeling_yi_vl:YiVLForConditionalGeneration")
-    auto.AutoModel.register(config, import_object(f"{_YI_VL}.modeling_yi_vl:YiVLModel"), exist_ok=True)
-    auto.AutoModelForImageTextToText.register(config, head, exist_ok=True)
-    auto.AutoModelForCausalLM.register(config, head, exist_ok=True)
-    auto.AutoProcessor.register(config, import_object(f"{_YI_VL}.processing_yi_vl:YiVLProcessor"), exist_ok=True)
-    image_processor = import_object(f"{_YI_VL}.processing_yi_vl:YiVLImageProcessor")
-    auto.AutoImageProcessor.register(config, image_processor_classes={"pil": image_processor}, exist_ok=True)
-    tokenizer = import_object("mmtool.models.common.tokenization:SentencePieceTokenizer")
-    auto.AutoTokenizer.register(config, tokenizer_class=tokenizer, exist_ok=True)
+def families() -> tuple[AutoClasses, ...]:
+    """Return what the registry wants the Auto classes to know, each once."""
+    return tuple({id(spec.auto): spec.auto for spec in MODELS.values() if spec.auto is not None}.values())
+
+
+def register_classes(classes: AutoClasses) -> Any:
+    """Register model, processor and tokenizer of one family, and return its configuration class.
+
+    Happens by itself when ``AutoConfig`` reads a folder of the family.
+    """
+    config = import_object(classes.config_class)
+    _auto("modeling:AutoModel").register(config, import_object(classes.base_model_class), exist_ok=True)
+    for head in classes.heads:
+        _auto(f"modeling:{head}").register(config, import_object(classes.model_class), exist_ok=True)
+    _auto("processing:AutoProcessor").register(config, import_object(classes.processor_class), exist_ok=True)
+    _auto("image_processing:AutoImageProcessor").register(
+        config, image_processor_classes={"pil": import_object(classes.image_processor_class)}, exist_ok=True
+    )
+    _auto("tokenization:AutoTokenizer").register(config, import_object(classes.tokenizer_class), exist_ok=True)
+    return config
+
+
+def _auto(path: str) -> Any:
+    """Return an Auto class from its own module: at the top, some are stand-ins that ask for torchvision."""
+    module, name = path.split(":")
+    return import_object(f"transformers.models.auto.{module}_auto:{name}")
 
 
 def _register_configs(configuration_auto: ModuleType) -> None:
-    for config in (_YiVLConfigs, _LlavaConfigs):
-        configuration_auto.AutoConfig.register(config.model_type, config, exist_ok=True)
+    for model_type in dict.fromkeys(name for classes in families() for name in classes.model_types):
+        owners = [classes for classes in families() if model_type in classes.model_types]
+        own_class = configuration_auto.CONFIG_MAPPING_NAMES.get(model_type)
+        dispatcher = _Dispatcher(model_type, owners, own_class)
+        configuration_auto.AutoConfig.register(model_type, dispatcher, exist_ok=True)
 
 
 class _RegisteringLoader:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from mmtool.hub import resolve_folder
 from mmtool.models.common.folders import read_json
 from mmtool.registry import MODELS, detect_model_type, get_model_spec
 from mmtool.spec import ModelSpec
-from mmtool.utils import import_object, resolve_dtype
+from mmtool.utils import collection_paused, import_object, resolve_dtype
 
 if TYPE_CHECKING:
     from mmtool.template.base import Template
@@ -68,7 +67,7 @@ def _check_family(wanted: ModelSpec, config: Mapping[str, Any], folder: Path) ->
 
 def load_processor(spec: ModelSpec, folder: Path, *, tokenizer: Any = None) -> Any:
     """Return the processor of a folder: ``tokenizer`` (read if None) and what prepares media."""
-    with _no_collection():
+    with collection_paused():
         return import_object(spec.processor_class).from_pretrained(folder, tokenizer=tokenizer)
 
 
@@ -99,7 +98,7 @@ def load_model(
         model_kwargs: more keywords of ``from_pretrained``; they win over the arguments here.
         processor: the processor if it is read already.
     """
-    with _no_collection():
+    with collection_paused():
         model_class = import_object(spec.model_class)
         device_map = _device_map(device_map)
         keywords: dict[str, Any] = {"dtype": _dtype(dtype, spec, folder, device_map), "device_map": device_map}
@@ -152,18 +151,6 @@ def _check_vocabulary(model: Any, processor: Any, folder: Path) -> None:
             f"the tokenizer in {folder} has {num_tokens} tokens, but the model knows {num_rows}",
             "Take tokenizer.model, tokenizer_config.json and special_tokens_map.json from the release.",
         )
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the garbage collector: importing and loading make a million objects that stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

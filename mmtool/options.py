@@ -184,12 +184,13 @@ def read_tokens(options: Sequence[Option], tokens: Sequence[str], command: str) 
     """Return the texts given on the command line by option name; a list of texts for repeated options."""
     by_name = {name: option for option in options for name in (option.name, *option.aliases) if not option.positional}
     places = deque(option for option in options if option.positional)
-    queue, given, last = deque(tokens), {}, None
+    queue, given, last, options_ended = deque(tokens), {}, None, False
     while queue:
         token = queue.popleft()
         if token == "--":
+            options_ended = True
             continue
-        if not _OPTION_TOKEN.fullmatch(token):
+        if options_ended or not _OPTION_TOKEN.fullmatch(token):
             if not places:
                 listed = f"Options are written --name value; `{command} --help` lists them."
                 hint = f"Did you mean --{token} VALUE?" if token in by_name else listed

@@ -10,6 +10,30 @@ Modality = Literal["image", "audio"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoClasses:
+    """What transformers' Auto classes learn of a family; classes are import paths ``package.module:Name``.
+
+    Attributes:
+        model_types: values of ``model_type`` in a ``config.json`` under which the family's folders are found, each with
+            what tells from the file's content whether it is ours: the name may be one that transformers uses itself.
+        config_class: the configuration.
+        base_model_class: the network without a head, for ``AutoModel``.
+        model_class: the network with its head, for the Auto classes named in ``heads``.
+        heads: ``AutoModelForImageTextToText``, ``AutoModelForCausalLM``, ...
+        processor_class: for ``AutoProcessor``; ``image_processor_class`` and ``tokenizer_class`` for theirs.
+    """
+
+    model_types: Mapping[str, Callable[[Mapping[str, Any]], bool]]
+    config_class: str
+    base_model_class: str
+    model_class: str
+    heads: tuple[str, ...]
+    processor_class: str
+    image_processor_class: str
+    tokenizer_class: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """One model type.
 
@@ -26,6 +50,7 @@ class ModelSpec:
             registry order wins.
         parts: module name prefixes by part (``llm``, ``vision_encoder``, ``vision_proj``), to freeze or to target.
         lora_target_modules: regular expression on module names, the default LoRA targets.
+        auto: what transformers' Auto classes learn; types that share classes share the object, None adds nothing.
         embedded: folder with the weights inside the family's package folder, for a model that needs no download.
         description: one line for the model list.
         docs: page below ``docs/`` about it.
@@ -44,6 +69,7 @@ class ModelSpec:
     matches: Callable[[Mapping[str, Any]], bool] = field(repr=False)
     parts: Mapping[str, tuple[str, ...]] = field(repr=False)
     lora_target_modules: str = field(repr=False)
+    auto: AutoClasses | None = field(default=None, repr=False)
     embedded: str | None = None
     description: str = ""
     docs: str = ""

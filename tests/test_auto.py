@@ -21,8 +21,8 @@ model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
 print(type(model).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
 """
 MORE_OF_OURS = """
-print(type(AutoModel.from_pretrained(sys.argv[1])).__name__, type(AutoModelForCausalLM.from_config(model.config)).__name__)
-print(type(AutoConfig.for_model("yi_vl")).__name__)
+print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
+print(type(AutoModelForCausalLM.from_config(model.config)).__name__, type(AutoConfig.for_model("yi_vl")).__name__)
 """
 THEIRS = """
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -48,8 +48,8 @@ def test_auto_classes_load_ours_and_theirs(golden: Callable[[str], Path], tmp_pa
     script = MMTOOL + TRANSFORMERS + OURS + MORE_OF_OURS + THEIRS
     assert run(script, golden("yi-vl") / "checkpoint", tmp_path) == [
         "YiVLForConditionalGeneration YiVLProcessor",
-        "YiVLModel YiVLForConditionalGeneration",
-        "YiVLConfig",
+        "YiVLModel",
+        "YiVLForConditionalGeneration YiVLConfig",
         "LlavaConfig LlavaConfig",
         "LlavaForConditionalGeneration True",
     ]

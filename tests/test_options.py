@@ -136,6 +136,7 @@ def test_names_of_other_tools_are_accepted() -> None:
         (["query", "hello"], "unexpected argument 'query'", "Did you mean --query VALUE?"),
         (["hello"], "unexpected argument 'hello'", "`mmtool infer --help`"),
         (["--query", "a", "b"], "unexpected argument 'b'", "--help"),
+        (["--", "--query", "x"], "unexpected argument '--query'", "--help"),
         (["--verbose", "maybe"], "--verbose must be true or false, not 'maybe'", "Also show"),
         (["--top_k", "1.5"], "--top_k must be a whole number, not '1.5'", "Draw"),
         (["--temperature", "hot"], "--temperature must be a number, not 'hot'", "sampling"),
@@ -202,7 +203,12 @@ def test_the_type_is_tiny_unless_a_folder_tells() -> None:
 
 
 def test_a_positional_argument_may_stand_anywhere() -> None:
-    for tokens in (["templates", "--json"], ["--json", "templates"], ["--json", "true", "templates"]):
+    for tokens in (
+        ["templates", "--json"],
+        ["--json", "templates"],
+        ["--json", "true", "templates"],
+        ["--json", "--", "templates"],
+    ):
         args = read_args(ListArgs, tokens, "mmtool list")
         assert (args.table, args.json) == ("templates", True)
     assert read_args(ListArgs, [], "mmtool list").table == "models"

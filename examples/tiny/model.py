@@ -137,6 +137,8 @@ def save_release(model: TinyVL, state: dict[str, Tensor], folder: Path) -> None:
     vit_folder.mkdir(parents=True, exist_ok=True)
     save_file(main, folder / "model.safetensors", {"format": "pt"})
     save_file(vit, vit_folder / "model.safetensors", {"format": "pt"})
+    for path in (folder / "model.safetensors", vit_folder / "model.safetensors"):
+        path.chmod(0o644)  # safetensors makes files that only their owner may read
     write_json(
         folder / "config.json",
         {

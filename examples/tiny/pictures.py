@@ -78,19 +78,27 @@ def pad_and_resize(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
-MARKS = (*"0123456789+=?", *LETTERS, *LETTERS.upper(), *SHAPES, *COLOURS)
+GLYPHS = "0123456789+=?" + LETTERS + LETTERS.upper()
+MARKS = 2 * len(GLYPHS) + len(SHAPES) + len(COLOURS)
 
 
 def mark_patches(scene: Scene, width: int, height: int, grid: int) -> np.ndarray:
-    """Say for each patch of the padded picture which MARKS have their centre in it: [grid * grid, marks], 0 or 1."""
-    marks = np.zeros((grid * grid, len(MARKS)), np.uint8)
+    """Say for each patch of the padded picture what has its centre in it: [grid * grid, MARKS], 0 or 1.
+
+    Two characters can share a patch, so those in its left half and those in its right half are told apart."""
+    marks = np.zeros((grid * grid, MARKS), np.uint8)
     side = max(width, height)
-    found = [(name, t.x, t.y) for t in scene.things for name in (t.shape, t.colour)]
-    for name, x, y in (*found, *scene.glyphs):
-        column = int((x * width + (side - width) / 2) / side * grid)
+    shapes = 2 * len(GLYPHS)
+    found = [(shapes + SHAPES.index(t.shape), t.x, t.y) for t in scene.things]
+    found += [(shapes + len(SHAPES) + list(COLOURS).index(t.colour), t.x, t.y) for t in scene.things]
+    found += [(GLYPHS.index(char), x, y) for char, x, y in scene.glyphs if char in GLYPHS]
+    for number, x, y in found:
+        column = (x * width + (side - width) / 2) / side * grid
         row = int((y * height + (side - height) / 2) / side * grid)
-        if name in MARKS and 0 <= column < grid and 0 <= row < grid:
-            marks[row * grid + column, MARKS.index(name)] = 1
+        if number < len(GLYPHS) and column % 1 >= 0.5:
+            number += len(GLYPHS)
+        if 0 <= column < grid and 0 <= row < grid:
+            marks[row * grid + int(column), number] = 1
     return marks
 
 

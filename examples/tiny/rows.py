@@ -21,13 +21,15 @@ class Mix:
     """How the rows of one training step are made up."""
 
     shape_rows: int = 24
-    text_rows: int = 28
+    text_rows: int = 28  # short rows: mostly pictures of text, and some of shapes
     two_pictures: int = 2  # of the shape rows
     no_picture: int = 1  # of the shape rows
     shape_length: int = 112  # tokens besides the picture
     text_length: int = 44
     easy_steps: int = 1500  # until this step ever fewer pictures are easy: one shape, or one or two digits
-    text_kinds: dict[str, float] = field(default_factory=lambda: {"sum": 0.42, "digits": 0.34, "word": 0.24})
+    text_kinds: dict[str, float] = field(
+        default_factory=lambda: {"sum": 0.26, "digits": 0.2, "word": 0.16, "shapes": 0.38}
+    )
 
 
 class Row:
@@ -101,8 +103,13 @@ def _talk(
 
 
 def build_row(
-    rng: random.Random, sp: spm.SentencePieceProcessor, kinds: list[str], room: int, size: int, image_tokens: int,
-    easy: bool = False
+    rng: random.Random,
+    sp: spm.SentencePieceProcessor,
+    kinds: list[str],
+    room: int,
+    size: int,
+    image_tokens: int,
+    easy: bool = False,
 ) -> Row:
     """Make a conversation about as many pictures as `kinds` names; none means small talk only."""
     row = Row(sp, room, image_tokens)
@@ -165,7 +172,7 @@ def build_step(
     room = mix.shape_length
     for i in range(mix.shape_rows):
         if i < mix.two_pictures:
-            kinds = [rng.choice((shape_kind(), shape_kind(), text_kind())) for _ in range(2)]
+            kinds = [rng.choice((shape_kind(), text_kind())) for _ in range(2)]
             row = build_row(rng, sp, kinds, room - image_tokens, size, image_tokens)
         elif i < mix.two_pictures + mix.no_picture:
             row = build_row(rng, sp, [], room + image_tokens, size, image_tokens)
@@ -175,7 +182,7 @@ def build_step(
     text_rows = []
     for _ in range(mix.text_rows):
         easy = rng.random() < ease
-        kinds = ["digits" if easy else text_kind()]
+        kinds = [rng.choice(("digits", "shapes")) if easy else text_kind()]
         text_rows.append(build_row(rng, sp, kinds, mix.text_length, size, image_tokens, easy))
     batches = []
     if shape_rows:
@@ -183,6 +190,33 @@ def build_step(
     if text_rows:
         batches.append(stack(text_rows, mix.text_length + image_tokens))
     return batches
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Steps of pictures without conversations, to train the ViT alone. Half of each step's pictures are new, and the
+    rest come from earlier steps, because drawing takes as long as looking."""
+
+    def __init__(self, seed: int, first: int, last: int, count: int, mix: Mix, size: int, grid: int) -> None:
+        self.args = (seed, first, last, count, mix, size, grid)
+        self.pool: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        return self.args[2] - self.args[1]
+
+    def __getitem__(self, index: int) -> list[dict[str, torch.Tensor]]:
+        seed, first, _, count, mix, size, grid = self.args
+        rng = random.Random(f"pictures {seed} {first + index}")
+        if not self.pool and torch.utils.data.get_worker_info() is not None:
+            os.nice(14)
+        kinds, shares = zip(*mix.text_kinds.items(), strict=True)
+        new = []
+        for _ in range(count // 2 if self.pool else count):
+            image, scene = make_picture(rng, rng.choices(kinds, shares)[0], rng.random() < 0.1)
+            new.append((pad_and_resize(image, size), mark_patches(scene, *image.size, grid)))
+        chosen = new + (rng.sample(self.pool, count - len(new)) if self.pool else [])
+        self.pool = (self.pool + new)[-6000:]
+        pixels, marks = (torch.from_numpy(np.stack(part)) for part in zip(*chosen, strict=True))
+        return [{"pixels": pixels, "marks": marks}]
 
 
 class Steps(torch.utils.data.Dataset):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from model import Dims, TinyVL, save_release
 from pictures import MARKS, make_picture, pad_and_resize
 from questions import next_turn
-from rows import IGNORE, Mix, Row, Steps, stack
+from rows import IGNORE, Mix, Pictures, Row, Steps, stack
 from tokenizer import load_tokenizer, train_tokenizer
 from torch import Tensor, nn
 
@@ -43,15 +43,24 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--ema", type=float, default=0.998, help="decay of the averaged weights that are exported")
     parser.add_argument("--batch", type=float, default=1.0, help="multiply the pictures of a step by this")
+    parser.add_argument("--marks", type=float, default=0.5, help="weight of the task of the ViT alone; it fades out")
     parser.add_argument(
         "--sums", type=float, default=Mix().text_kinds["sum"], help="share of sums in the pictures of text"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads for the model (0: all)")
-    parser.add_argument("--processes", type=int, default=1, help="share each step among processes, on a CPU: one per core")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures, for each training process")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="share each step among processes, on a CPU: one per core"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, help="processes that draw pictures, for each training process"
+    )
     parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
     parser.add_argument("--float32", action="store_true", help="train without bfloat16 autocast")
+    parser.add_argument(
+        "--vit-steps", type=int, default=1400, help="steps that train the ViT alone, before all the rest"
+    )
+    parser.add_argument("--vit", type=Path, help="start with this trained ViT, a vit.pt that an earlier run left")
     parser.add_argument("--eval-every", type=int, default=500)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--resume", action="store_true", help="continue from the state in --run")
@@ -68,12 +77,20 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizers(model: nn.Module, args: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Use Muon for the matrices inside the layers and AdamW for the rest, or AdamW alone; only matrices decay."""
-    inner, outer, small = [], [], []
-    for name, p in model.named_parameters():
-        is_inner = p.ndim == 2 and not any(word in name for word in ("embed", "lm_head"))
-        (small if p.ndim < 2 else inner if is_inner and args.optimizer == "muon" else outer).append(p)
+def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """List the matrices inside the layers, which Muon is made for."""
+    outer = ("embed", "lm_head")
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and not any(word in name for word in outer)]
+
+
+def make_optimizers(model: nn.Module, args: argparse.Namespace, rank: int = 0) -> list[torch.optim.Optimizer]:
+    """Use Muon for the matrices inside the layers and AdamW for the rest, or AdamW alone; only matrices decay.
+
+    Muon is costly, so each process only updates its share of the matrices, see share_matrices."""
+    muon = inner_matrices(model) if args.optimizer == "muon" else []
+    inner, taken = muon[rank :: args.processes], {id(p) for p in muon}
+    outer = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in taken]
+    small = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": outer, "weight_decay": args.weight_decay}, {"params": small, "weight_decay": 0.0}]
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98), eps=1e-8, fused=True)
@@ -208,8 +225,8 @@ def run(rank: int, args: argparse.Namespace, dims: Dims, mix: Mix) -> None:
     log = Log(args.run / "log.txt", rank == 0)
     device = torch.device(args.device)
     model = TinyVL(dims).to(device)
-    optimizers = make_optimizers(model, args)
-    head = nn.Linear(dims.vit_hidden, len(MARKS)).to(device)
+    optimizers = make_optimizers(model, args, rank)
+    head = nn.Linear(dims.vit_hidden, MARKS).to(device)
     nn.init.constant_(head.bias, -6.0)  # most marks are absent from most patches
     optimizers.append(torch.optim.AdamW(head.parameters(), lr=args.lr))
     named = dict(model.named_parameters())
@@ -218,13 +235,24 @@ def run(rank: int, args: argparse.Namespace, dims: Dims, mix: Mix) -> None:
     if args.resume:
         state = torch.load(args.run / "state.pt", map_location=device)
         model.load_state_dict(state["model"])
-        if "head" in state:
+        if state.get("head", {}).get("weight", head.weight[:1]).shape == head.weight.shape:
             head.load_state_dict(state["head"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=False):
-            optimizer.load_state_dict(saved)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            if not isinstance(optimizer, torch.optim.Muon):  # its short memory is soon built up again
+                optimizer.load_state_dict(saved)
         average, first = state["average"], state["step"]
+    if args.vit:
+        saved = torch.load(args.vit, map_location=device)
+        model.vision.load_state_dict(saved["vision"])
+        head.load_state_dict(saved["head"])
     count = sum(p.numel() for p in named.values())
     log(f"{count / 1e6:.2f} million parameters, {mix.shape_rows}+{mix.text_rows} rows, steps {first} to {args.steps}")
+    if args.vit_steps:
+        train_vit(args, model, head, optimizers, rank, mix, log)
+    if args.vit_steps or args.vit:
+        for name in average:
+            if name.startswith("vision."):
+                average[name].copy_(named[name].detach())
     last = args.stop or args.steps
     seed = args.seed + 1000 * rank
     data = Steps(seed, first, last, str(args.run / "tokenizer.model"), mix, dims.image_size, dims.image_tokens)
@@ -247,6 +275,53 @@ def share_gradients(params: list[nn.Parameter], processes: int) -> None:
     flat /= processes
     for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
         grad.copy_(part.view_as(grad))
+
+
+def share_matrices(model: nn.Module, args: argparse.Namespace) -> None:
+    """Give the matrices that each process has updated to all the others."""
+    if args.processes == 1 or args.optimizer != "muon":
+        return
+    for rank in range(args.processes):
+        mine = [p.data for p in inner_matrices(model)[rank :: args.processes]]
+        flat = torch.cat([p.flatten() for p in mine])
+        torch.distributed.broadcast(flat, rank)
+        for p, part in zip(mine, flat.split([p.numel() for p in mine]), strict=True):
+            p.copy_(part.view_as(p))
+
+
+def train_vit(args, model, head, optimizers, rank: int, mix: Mix, log: Log) -> None:
+    """Train the ViT alone to name what is in each patch; a quarter of the cost of a whole step, picture by picture."""
+    device, grid = next(model.parameters()).device, model.dims.image_size // model.dims.patch_size
+    count = round(128 * args.batch / args.processes)
+    data = Pictures(args.seed + 1000 * rank, 0, args.vit_steps, count, mix, model.dims.image_size, grid)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=args.workers, prefetch_factor=8 if args.workers else None
+    )
+    look = model.look if args.no_compile else torch.compile(model.look, dynamic=False)
+    params = [*model.vision.parameters(), *head.parameters()]
+    losses, start = [], time.time()
+    for step, [batch] in enumerate(loader):
+        rise, fall = (step + 1) / args.warmup, 1 - 0.7 * step / args.vit_steps
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * min(rise, fall)
+        with torch.autocast(device.type, torch.bfloat16, enabled=not args.float32):
+            loss = mark_loss(head, look(batch["pixels"].to(device)), batch["marks"])
+        loss.backward()
+        losses.append(loss.item())
+        if args.processes > 1:
+            share_gradients(params, args.processes)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        share_matrices(model, args)
+        if (step + 1) % 50 == 0:
+            rate = 50 * count * args.processes / (time.time() - start)
+            log(f"ViT step {step + 1} marks {sum(losses) / 50:.3f} {rate:.1f} pictures/s")
+            losses, start = [], time.time()
+        if log.active and ((step + 1) % args.save_every == 0 or step + 1 == args.vit_steps):
+            torch.save({"vision": model.vision.state_dict(), "head": head.state_dict()}, args.run / "vit.pt")
 
 
 def train(args, model, head, trunk, optimizers, loader, checks, log, first, average) -> None:
@@ -275,15 +350,17 @@ def train(args, model, head, trunk, optimizers, loader, checks, log, first, aver
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             optimizer.step()
+        share_matrices(model, args)
         model.zero_grad(set_to_none=True)
         head.zero_grad(set_to_none=True)
         torch._foreach_lerp_(mean, live, 1 - min(args.ema, (step + 1) / (step + 10)))
         done = step + 1
         if done % 50 == 0:
             shape, text = sum(losses[0::2]) / len(losses[0::2]), sum(losses[1::2]) / max(1, len(losses[1::2]))
+            rate = pictures / (time.time() - start)
             log(
-                f"step {done} loss {shape:.4f} {text:.4f} marks {sum(marks[0::2]) / 50:.3f} {sum(marks[1::2]) / 50:.3f} lr {learning_rate(args, step):.2e} "
-                f"{pictures / (time.time() - start):.1f} pictures/s"
+                f"step {done} loss {shape:.4f} {text:.4f} marks {sum(marks[::2]) / 50:.3f} {sum(marks[1::2]) / 50:.3f} "
+                f"lr {learning_rate(args, step):.2e} {rate:.1f} pictures/s"
             )
             losses, marks, start, pictures = [], [], time.time(), 0
         if done % args.eval_every == 0 and log.active:

@@ -157,8 +157,8 @@ class PtEngine(Engine):
         reuse_prefix: bool = True,
     ) -> None:
         config = model.config.get_text_config()
-        _check_attention(config)
         limit = config.max_position_embeddings
+        _check_attention(config, max_model_len or limit)
         if max_model_len is not None and not 1 < max_model_len <= limit:
             raise MMToolError(f"max_model_len must be from 2 to {limit} for this model, got {max_model_len}")
         if max_batch_size < 1:
@@ -255,10 +255,13 @@ class PtEngine(Engine):
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Let requests in, compute a part of their prompts, and continue every answer by one token."""
+        """Continue every answer by one token, let requests in, and compute a part of their prompts.
+
+        In this order a first token is out as soon as its prompt is computed.
+        """
+        self._decode()
         self._admit()
         self._prefill()
-        self._decode()
 
     def clear(self, features: bool = False) -> None:
         """Forget all conversations and give their memory back; also forget media features if asked."""
@@ -392,7 +395,7 @@ class PtEngine(Engine):
         self.stats.prefill_tokens += end - start
         if end == len(prompt):
             run.features = {}
-            ids = Sampler([run.draw], self.device)(self.model.lm_head(hidden[:, -1]))
+            ids = Sampler([run.draw], self.device)(self._head(hidden[:, -1]))
             self._batch = None
             self._publish(run, ids.item())
         return end - start
@@ -455,11 +458,14 @@ class PtEngine(Engine):
 
     def _logits(self, rows: Rows) -> Tensor:
         if self._step is not None:
-            return self.model.lm_head(self._step(rows, self.kv))
+            return self._head(self._step(rows, self.kv))
         self._cache.use(0, len(rows.ids), rows.longest, rows.index)
         mask = None if rows.mask is None else rows.mask[:, 0, 0] == 0
         hidden = self._forward(self.embed(rows.ids).unsqueeze(1), rows.positions.unsqueeze(1), mask)
-        return self.model.lm_head(hidden[:, -1])
+        return self._head(hidden[:, -1])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden).to(self.device)
 
     def _forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         """Run the model's own decoder on ``(rows, new, hidden)`` over the rows that the cache was told to use."""
@@ -530,8 +536,15 @@ def _tower_batches(items: Iterable[MediaInput]) -> Iterator[list[MediaInput]]:
             yield group[start : start + TOWER_BATCH]
 
 
-def _check_attention(config: Any) -> None:
-    """Raise MMToolError for layers whose state is not keys and values of all positions."""
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}  # few configs name them
+def _check_attention(config: Any, max_model_len: int) -> None:
+    """Raise MMToolError for a model whose state is not keys and values of all positions, numbered one by one.
+
+    Few configurations have these fields, so a missing one is the normal case.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if (getattr(config, "sliding_window", None) or max_model_len) < max_model_len:
+        kinds.add("sliding_attention")
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        kinds.add("several position numbers per token")
     if kinds:
         raise MMToolError(f"the pt engine runs models with full attention; this one has {', '.join(sorted(kinds))}")

@@ -118,8 +118,9 @@ class SlotCache(Cache):
             keys[rows, :, self.start : end] = key_states
             values[rows, :, self.start : end] = value_states
         else:
-            keys.view(-1, keys.shape[3]).index_copy_(0, self.index, key_states.flatten(0, 2))
-            values.view(-1, values.shape[3]).index_copy_(0, self.index, value_states.flatten(0, 2))
+            index = self.index.to(keys.device)  # layers may lie on several devices
+            keys.view(-1, keys.shape[3]).index_copy_(0, index, key_states.flatten(0, 2))
+            values.view(-1, values.shape[3]).index_copy_(0, index, value_states.flatten(0, 2))
         return keys[self.first : self.last, :, :end], values[self.first : self.last, :, :end]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-WINDOW = 16  # tokens decoded again with each new one before the window moves on
+WINDOW = 8  # tokens decoded again with each new one before the window moves on
 
 
 class Detokenizer:

@@ -26,7 +26,7 @@ class Model:
         if self.show_prompt:
             from rich.console import Console  # only for those who look
 
-            Console(stderr=True).print(self.template.show(messages))
+            Console(stderr=True).print(self.template.show(messages), soft_wrap=True)
         return request_from(self.template, messages, self.sampling)
 
 

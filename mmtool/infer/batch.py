@@ -16,7 +16,8 @@ from typing import Any
 
 from mmtool.args import InferDataArgs
 from mmtool.data.dataset import read_conversations, read_rows
-from mmtool.data.records import Conversation
+from mmtool.data.records import TAGS, Conversation
+from mmtool.data.registry import DATASETS
 from mmtool.engine.base import Request
 from mmtool.errors import DataError, MMToolError, TooLongError
 from mmtool.infer.answer import Model
@@ -73,18 +74,23 @@ class DatasetRun:
     """
 
     def __init__(self, options: InferDataArgs, spec: ModelSpec, system: str | None = None) -> None:
+        named = DATASETS.get(options.val_dataset)
         self.options = options
-        self.dataset = Path(options.val_dataset)
-        rows = read_dataset(options, spec, system)
+        self.dataset = Path(named.source if named else options.val_dataset)
+        data_format = options.dataset_format or (named.format if named else None)
+        rows = read_dataset(self.dataset, options, spec, system, data_format)
         first = next(rows, None)  # a dataset that cannot be read must not cost the result file
         path = Path(options.result_path or f"{self.dataset.stem}.{spec.model_type}.jsonl")
         check_result_path(path, self.dataset, resume=options.resume, overwrite=options.overwrite)
-        self.results = ResultFile(path, resume=options.resume)
         self.failed = self.told = 0
-        rows = chain([first] if first else [], rows)
-        skip_answered(rows, self.results, self.dataset)
-        self._next = next(rows, None)
-        self._later = rows
+        self.results = ResultFile(path, resume=options.resume)
+        self._rows = chain([first] if first else [], rows)
+        try:
+            skip_answered(self._rows, self.results, self.dataset)
+            self._next = next(self._rows, None)
+        except BaseException:
+            self.results.close()
+            raise
 
     def __enter__(self) -> DatasetRun:
         return self
@@ -107,7 +113,7 @@ class DatasetRun:
             KeyboardInterrupt: on Ctrl-C; what is written stays.
         """
         total = count_rows(self.dataset, self.options.val_dataset_sample)
-        rows = encode_rows(chain([self._next] if self._next else [], self._later), model)
+        rows = encode_rows(chain([self._next] if self._next else [], self._rows), model)
         try:
             with (
                 Prefetch(rows, 2 * self.options.max_batch_size + 2) as encoded,
@@ -115,7 +121,7 @@ class DatasetRun:
             ):
                 stopped_by = self._answer(model, encoded, progress)
         except KeyboardInterrupt:
-            logger.warning("stopped after %d rows; the same command with --resume true goes on", self.results.written)
+            logger.warning("stopped after %d rows; run it again with --resume true to go on", self.results.written)
             raise
         logger.info("%s: %s", self.results.path, progress.summary(self.failed))
         if stopped_by is not None:
@@ -180,18 +186,17 @@ class DatasetRun:
         name, line = self.dataset.name, row.record["line"]
         if text.startswith(name):  # errors of the reader say where they are
             return text
-        return (
-            f"{name}: record {line}: {text}"
-            if self.dataset.suffix in (".json", ".parquet")
-            else f"{name}:{line}: {text}"
-        )
+        place = f"{name}: record {line}" if self.dataset.suffix in (".json", ".parquet") else f"{name}:{line}"
+        return f"{place}: {text}"
 
 
-def read_dataset(options: InferDataArgs, spec: ModelSpec, system: str | None) -> Iterator[Row]:
-    """Give the rows of ``--val_dataset``, lazily; their media are not opened."""
+def read_dataset(
+    path: Path, options: InferDataArgs, spec: ModelSpec, system: str | None, format: str | None
+) -> Iterator[Row]:
+    """Give the rows of a data file, lazily; their media are not opened."""
     conversations = read_conversations(
-        options.val_dataset,
-        format=options.dataset_format,
+        path,
+        format=format,
         columns=options.columns,
         media_root=options.media_root,
         media_style=spec.media_style,
@@ -211,16 +216,24 @@ def read_dataset(options: InferDataArgs, spec: ModelSpec, system: str | None) ->
 
 def describe(line: int, conversation: Conversation, messages: Sequence[Message]) -> dict[str, Any]:
     """Return the result line of a row that is not answered yet: its own other fields, then ours."""
-    *earlier, last = [message for message in messages if message.role != "system"]
-    texts = [message.text for message in earlier]
-    ours = {"line": line, "query": last.text, "response": None, "label": conversation.label}
+    turns = [message for message in messages if message.role != "system"]
+    marked = len(turns) > 1 or any(isinstance(part, Text) for part in turns[0].parts[: len(turns[0].media)])
+    *earlier, query = [_text(message, marked) for message in turns]
+    ours = {"line": line, "query": query, "response": None, "label": conversation.label}
     record = {"line": line} | dict(conversation.extra) | ours
-    record["history"] = [texts[start : start + 2] for start in range(0, len(texts), 2)]
+    record["history"] = [earlier[start : start + 2] for start in range(0, len(earlier), 2)]
     if messages[0].role == "system":
         record["system"] = messages[0].text
     for name, kind in (("images", Image), ("audios", Audio)):
         record[name] = [_reference(part.source) for part in conversation.media if isinstance(part, kind)]
     return record
+
+
+def _text(message: Message, marked: bool) -> str:
+    """Return the text, with a tag for each medium if they are not simply in front of the only question."""
+    if not marked:
+        return message.text
+    return "".join(part.text if isinstance(part, Text) else TAGS[type(part)] for part in message.parts)
 
 
 def _reference(source: object) -> str:
@@ -246,8 +259,8 @@ def skip_answered(rows: Iterator[Row], results: ResultFile, dataset: Path) -> No
         ]
         if differing or "line" not in done:
             raise MMToolError(
-                f"line {results.written} of --result_path {results.path} is not about line {row.record['line']} of {dataset}: "
-                f"another {' and '.join(differing) or 'kind of file'}",
+                f"line {results.written} of --result_path {results.path} is not about line {row.record['line']} "
+                f"of {dataset}: another {' and '.join(differing) or 'kind of file'}",
                 "Go on with the dataset the file was made with, or give another --result_path.",
             )
 
@@ -263,6 +276,7 @@ def encode_rows(rows: Iterator[Row], model: Model) -> Iterator[Row]:
             except MMToolError as error:
                 row.request, row.error = None, error
             else:
+                model = dataclasses.replace(model, show_prompt=False)  # one is enough
                 row.request.id = row
                 if seed is not None:  # rows draw differently, and a run that goes on draws like one in one piece
                     row.request.sampling = dataclasses.replace(row.request.sampling, seed=(seed + row.index) % 2**63)

@@ -25,16 +25,19 @@ SYSTEM_PROMPT = "<<<[S] "
 MEDIA_PROMPT = "Input a media path or URL <<< "
 RULE = "-" * 50
 
+LONG_HINT = "clear starts a new conversation, /undo forgets the last turn"
+
 HELP = """\
-clear          start a new conversation (pictures seen before stay prepared)
-reset-system   the next line becomes the system text, empty for the model's own; starts a new conversation
-multi-line     questions of several lines, the last one ending with #
-single-line    back to questions of one line
+clear          start a new conversation; pictures seen before stay prepared
+reset-system   start one with another system text, the next line; empty for the default
+multi-line     read questions of several lines, the last one ending with #
+single-line    read questions of one line again
 /retry         answer the last question again
 /undo          forget the last question and its answer
-/save FILE     add the conversation to FILE, one line of JSON
---help         this list
-quit, exit     leave (also Ctrl-D); Ctrl-C stops the answer, or drops the line being typed"""
+/save FILE     add the conversation to FILE, as one line of JSON
+--help         show this list
+quit, exit     leave, like Ctrl-D
+Ctrl-C         stop the answer, or drop the line being typed"""
 
 MEDIA_HELP = {
     "round": "After each question comes the place for a picture: a path, a URL, or nothing.",
@@ -137,7 +140,7 @@ class Chat:
             try:
                 self.model.template.prepare(part)
             except MMToolError as error:
-                self._report(error)
+                self.terminal.say(f"error: {error.message}")  # the prompt that follows is the hint
                 failed = True
             else:
                 return (part,)
@@ -147,25 +150,25 @@ class Chat:
     def _answer(self, question: Message, earlier: Sequence[Message]) -> None:
         """Answer a question that follows ``earlier`` and keep both; on an error say so and keep all as it was."""
         try:
-            answer = self._generate([*self._system_messages(), *earlier, question])
+            # The context lasts until the turn is kept: what was shown is what the model will know it has said.
+            with StopOnInterrupt() if self.terminal.typed else nullcontext() as stop:
+                answer = self._generate([*self._system_messages(), *earlier, question], stop)
+                if answer.text or answer.finish_reason:
+                    self.turns = [*earlier, question, Message("assistant", (Text(answer.text),))]
+        except TooLongError as error:
+            self._report(TooLongError(error.message, LONG_HINT, length=error.length, limit=error.limit))
         except MMToolError as error:
             self._report(error)
-            if isinstance(error, TooLongError):
-                self.terminal.say("(clear starts a new conversation, /undo forgets the last turn)")
         except Exception:  # a bug: show it, but do not take the conversation from the person at the keyboard
             if not self.terminal.typed:
                 raise
             traceback.print_exc()
-        else:
-            if answer.text or answer.finish_reason:
-                self.turns = [*earlier, question, Message("assistant", (Text(answer.text),))]
 
-    def _generate(self, messages: Sequence[Message]) -> Answer:
+    def _generate(self, messages: Sequence[Message], stop: StopOnInterrupt | None) -> Answer:
         """Show the answer and return it; one that Ctrl-C stopped has the text that was shown."""
         request = self.model.request(messages)
         write = self.terminal.write if self.stream else lambda text: None
-        with StopOnInterrupt() if self.terminal.typed else nullcontext() as stop:
-            answer = stream_answer(self.model.engine, request, write, lambda: stop is not None and stop.requested)
+        answer = stream_answer(self.model.engine, request, write, lambda: stop is not None and stop.requested)
         self.terminal.write("\n" if self.stream else answer.text + "\n")
         if answer.finish_reason is None:
             self.terminal.say("(stopped)")

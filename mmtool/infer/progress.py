@@ -1,4 +1,4 @@
-"""How far a dataset run is: a bar on a terminal, a line of text every few seconds in a log file."""
+"""How far a dataset run is: a bar on a terminal, a line of text now and then in a log file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmtool.log import get_logger
 
-SECONDS_BETWEEN_LINES = 5.0
+BAR_PAUSE, LINE_PAUSE, MAX_LINE_PAUSE = 0.1, 5.0, 60.0  # seconds
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
@@ -30,7 +30,7 @@ class Progress:
         self.done = done
         self.rows = 0
         self.tokens = 0
-        self._start = self._last_line = time.monotonic()
+        self._start = self._shown = time.monotonic()
         self._bar: Bar | None = None
         if sys.stderr.isatty():
             from rich.console import Console  # only for a terminal
@@ -43,22 +43,32 @@ class Progress:
     def summary(self, failed: int) -> str:
         """Say what was done, as a line for the end."""
         seconds = time.monotonic() - self._start
-        text = f"{self.rows} rows in {seconds:.1f} s, {self.rows / seconds:.3g} rows/s, {self.tokens / seconds:.0f} tokens/s"
-        return f"{text}, {failed} of them failed" if failed else text
+        rates = f"{self.rows / seconds:.3g} rows/s, {self.tokens / seconds:.0f} tokens/s"
+        return f"{self.rows} rows ({failed} failed) in {seconds:.1f} s, {rates}"
 
     def advance(self, rows: int, tokens: int) -> None:
         """Count what was finished."""
         self.rows += rows
         self.tokens += tokens
+        now = time.monotonic()
+        if now - self._shown >= self._pause(now):
+            self._shown = now
+            self._show()
+
+    def _pause(self, now: float) -> float:
+        """Return how long what is shown may stay; lines of a long run become rare."""
+        return BAR_PAUSE if self._bar is not None else min(max(LINE_PAUSE, (now - self._start) / 10), MAX_LINE_PAUSE)
+
+    def _show(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], advance=rows, description=self._rates())
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
+            task = self._bar.task_ids[0]
+            self._bar.update(task, completed=self.done + self.rows, description=self._rates())
+        else:
             of_total = "" if self.total is None else f" of {self.total}"
             logger.info("%d%s rows, %s", self.done + self.rows, of_total, self._rates())
 
     def __enter__(self) -> Progress:
-        self._start = self._last_line = time.monotonic()
+        self._start = self._shown = time.monotonic()
         if self._bar is not None:
             self._bar.start()
             self._bar.add_task("", total=self.total, completed=self.done)

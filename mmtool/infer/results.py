@@ -5,6 +5,7 @@ A kill may leave a torn last line; going on cuts it off, so that no row is lost 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -91,7 +92,8 @@ class ResultFile:
     def close(self) -> None:
         """Close the file, its last line whole."""
         if self._writing:
-            self._file.truncate(self._end)
+            with contextlib.suppress(OSError):  # a device cannot be cut, and has no lines to keep whole
+                self._file.truncate(self._end)
         self._file.close()
 
     def __enter__(self) -> ResultFile:

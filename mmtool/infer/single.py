@@ -11,6 +11,7 @@ from mmtool.args import InputArgs
 from mmtool.engine.base import Answer
 from mmtool.errors import MMToolError
 from mmtool.infer.answer import Model, stream_answer
+from mmtool.infer.terminal import write_answer
 from mmtool.messages import Audio, Image, Message, Text, split_inline_media
 from mmtool.spec import ModelSpec
 
@@ -43,11 +44,11 @@ def answer_question(model: Model, messages: list[Message], *, as_json: bool = Fa
     with log.timed("encode"):
         request = model.request(messages)
     streamed = stream and not as_json
-    answer = stream_answer(model.engine, request, _print_piece if streamed else _drop_piece)
+    answer = stream_answer(model.engine, request, write_answer if streamed else _drop_piece)
     if as_json:
         print(json.dumps(report(model, messages, answer), ensure_ascii=False))
     else:
-        print("" if streamed else answer.text, flush=True)
+        write_answer("\n" if streamed else answer.text + "\n")
     _log_times(answer)
 
 
@@ -79,10 +80,6 @@ def _log_times(answer: Answer) -> None:
     rate = (answer.usage.completion_tokens - 1) / split["decode"] if split["decode"] > 0 else 0.0
     steps = ", ".join(f"{name} {seconds:.3f}" for name, seconds in split.items())
     logger.debug("seconds: %s; %d tokens, %.0f tokens/s", steps, answer.usage.completion_tokens, rate)
-
-
-def _print_piece(text: str) -> None:
-    print(text, end="", flush=True)
 
 
 def _drop_piece(text: str) -> None:

@@ -23,6 +23,7 @@ except ImportError:  # not part of Python on Windows: lines then have only the e
     readline = None
 
 HISTORY_LINES = 1000
+CONTROLS = dict.fromkeys({*range(0x20), *range(0x7F, 0xA0)} - {ord("\n"), ord("\t")}, "\ufffd")
 
 logger = get_logger(__name__)
 
@@ -35,7 +36,7 @@ class Terminal:
     """
 
     def __init__(self, history: Path | None = None) -> None:
-        self.typed = sys.stdin.isatty()
+        self.typed = sys.stdin is not None and sys.stdin.isatty()  # None: closed by who started the process
         self.interactive = self.typed and sys.stdout.isatty()
         self.history = history or history_path()
         if self.interactive and readline is not None:
@@ -55,13 +56,12 @@ class Terminal:
                 return None
         if self.typed:  # stdout is a file or a pipe: keep the prompts out of it
             print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = sys.stdin.readline() if sys.stdin is not None else ""
         return line.rstrip("\r\n") if line else None
 
     def write(self, text: str) -> None:
         """Write a piece of an answer to stdout at once."""
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        write_answer(text)
 
     def say(self, text: str) -> None:
         """Write a line about the chat to stderr."""
@@ -126,6 +126,12 @@ def accept_any_text() -> None:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+def write_answer(text: str) -> None:
+    """Write a piece of an answer to stdout at once; a terminal gets no control characters, which could do anything."""
+    sys.stdout.write(text.translate(CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def history_path() -> Path:

@@ -65,6 +65,17 @@ def test_answer_longer_than_the_room_made_at_first(small, monkeypatch):
     assert engine.kv.capacity <= 80
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(small, mixed, dtype):
+    model = small.network().to("cuda", dtype)
+    answers = small.answers(small.engine(model, max_batch_size=3), mixed)
+    assert [len(ids) for ids in answers] == [request.sampling.max_new_tokens for request in mixed]
+    if dtype == torch.float32:  # less precise numbers make near ties
+        assert answers == [small.generated(request) for request in mixed]
+
+
 def test_text_model_without_media(small):
     from transformers import LlamaForCausalLM
 
@@ -232,8 +243,18 @@ def test_closed_in_the_middle_keeps_what_was_computed(small):
     assert engine.stats.vision_runs == 1
 
 
-@pytest.mark.parametrize("moment", ["lm_head", "norm", "vision_tower"])
-@pytest.mark.parametrize("call", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("moment", "call"),
+    [
+        ("lm_head", 0),
+        ("lm_head", 1),
+        ("lm_head", 9),
+        ("norm", 0),
+        ("norm", 4),
+        ("vision_tower", 0),
+        ("vision_tower", 1),
+    ],
+)
 def test_interrupted_at_any_moment_the_next_call_works(small, mixed, moment, call):
     model = small.network()
     calls = []
@@ -246,8 +267,6 @@ def test_interrupted_at_any_moment_the_next_call_works(small, mixed, moment, cal
     part = {"lm_head": model.lm_head, "norm": model.model.language_model.norm, "vision_tower": model.model.vision_tower}
     part[moment].register_forward_pre_hook(interrupt)
     engine = small.engine(model, max_batch_size=3, prefill_tokens=8)
-    if moment == "vision_tower" and call > 1:
-        pytest.skip("the tower runs twice")
     with pytest.raises(KeyboardInterrupt):
         small.answers(engine, mixed)
     assert not engine.busy
@@ -399,10 +418,18 @@ def test_numbers_gone_bad_stay_with_the_request_they_came_from(small):
     assert small.answers(engine, good) == [small.generated(request) for request in good]
 
 
-def test_models_with_other_than_full_attention_are_refused(small):
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("layer_types", ["full_attention", "linear_attention", "full_attention"], "linear_attention"),
+        ("sliding_window", 100, "sliding_attention"),
+        ("rope_parameters", {"rope_type": "default", "mrope_section": [2, 3, 3]}, "several position numbers"),
+    ],
+)
+def test_models_with_other_than_full_attention_are_refused(small, field, value, named):
     model = small.network()
-    model.config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(MMToolError, match="sliding_attention"):
+    setattr(model.config.text_config, field, value)
+    with pytest.raises(MMToolError, match=named):
         small.engine(model)
 
 

@@ -28,7 +28,7 @@ def test_pieces_joined_are_the_decoding_of_all_ids(tokenizer, data):
     assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids)
 
 
-@pytest.mark.parametrize("text", ["你好，世界 🙂👩‍👩‍👧 done", "  leading blanks", "a\n\n  b", "Ünïcödé ﷽ نص"])
+@pytest.mark.parametrize("text", ["你好，世界 🙂👩‍👩‍👧 done", "a\n\n  b", "Ünïcödé ﷽ نص"])
 def test_no_half_characters(tokenizer, text):
     pieces = streamed(tokenizer, tokenizer.encode(text, add_special_tokens=False))
     assert "".join(pieces) == text

@@ -10,10 +10,15 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
+import mmtool
 from mmtool.args import InferDataArgs
+from mmtool.data.dataset import read_conversations
+from mmtool.data.registry import DatasetSpec
 from mmtool.errors import DataError, MMToolError
+from mmtool.infer import batch
 from mmtool.infer.batch import DatasetRun, count_rows
 from mmtool.log import get_logger
+from mmtool.messages import Text
 
 QUESTIONS = ("one", "what is in the picture?", "数字?", "a longer question, " * 6, "c d e", "123", "how many", "b")
 
@@ -106,7 +111,7 @@ def test_every_row_has_its_line_in_input_order(model, folder):
             "id": "row-2",
             "query": "数字? 2",
             "label": "label 2",
-            "history": [["before", "answered"]],
+            "history": [["<image>before", "answered"]],
             "images": [str(folder / "a.png")],
             "audios": [],
         },
@@ -123,6 +128,35 @@ def test_many_at_once_give_the_lines_of_one_by_one(model, batched, folder):
     together = answer(batched, dataset, result_path="together.jsonl", max_batch_size=8)
     assert together == alone
     assert [record["line"] for record in alone] == list(range(1, 25))
+
+
+@pytest.mark.parametrize(
+    ("row", "query", "history"),
+    [
+        ({"query": "one", "images": ["a.png", "b.png"]}, "one", []),
+        ({"query": "<image>one<image>two", "images": ["a.png", "b.png"]}, "<image>one<image>two", []),
+        ({"query": "one", "images": [None, "b.png"], "history": [["a", "b"]]}, "<image>one", [["a", "b"]]),
+        (
+            {"query": "one", "images": ["a.png", "b.png", "b.png"], "history": [["a", "b"]]},
+            "one",
+            [["<image>" * 3 + "a", "b"]],
+        ),
+    ],
+)
+def test_a_line_can_be_read_as_the_row_it_answers(model, folder, row, query, history):
+    PIL.Image.new("RGB", (60, 40), "blue").save(folder / "b.png")
+    dataset = write_rows(folder / "rows.jsonl", [row])
+    ((_, asked),) = read_conversations(dataset)
+    (record,) = answer(model, dataset, result_path="out.jsonl")
+    assert (record["query"], record["history"]) == (query, history)
+    ((_, again),) = read_conversations("out.jsonl")
+    assert [(message.role, *map(located, message.parts)) for message in again.prompt()] == [
+        (message.role, *map(located, message.parts)) for message in asked.prompt()
+    ]
+
+
+def located(part):
+    return part if isinstance(part, Text) else type(part)(Path(part.source))
 
 
 def test_the_system_option_is_for_rows_without_one(model, folder):
@@ -150,16 +184,16 @@ def test_bad_rows_are_skipped_told_and_counted(model, folder, log_lines):
     assert ["error" in record for record in records] == [False, True, True, True, True, True, False]
     assert records[3]["id"] == "broken"
     assert records[3]["query"] == "three"
-    for place, text in zip(range(2, 7), ("JSON", "missing.png", "broken.png", "no question", "positions"), strict=True):
+    for place, text in zip(range(2, 7), ("JSON", "missing.png", "broken.png", "format", "positions"), strict=True):
         assert any(line.startswith(f"rows.jsonl:{place}: ") and text in line for line in log_lines()), (place, text)
     assert "7 rows" in log_lines()[-1]
-    assert "5 of them failed" in log_lines()[-1]
+    assert "(5 failed)" in log_lines()[-1]
 
 
 def test_only_the_first_bad_rows_are_told(model, folder, log_lines):
     answer(model, write_rows(folder / "rows.jsonl", [{"query": "one"}] + ["broken"] * 50))
     assert len(log_lines()) < 10
-    assert "50 of them failed" in log_lines()[-1]
+    assert "(50 failed)" in log_lines()[-1]
 
 
 @pytest.mark.parametrize("bad", [1, 2, 3, 4, 5])
@@ -239,6 +273,12 @@ def test_a_sample_is_the_rows_at_the_start(model, folder):
     assert [record["line"] for record in answer(model, dataset, val_dataset_sample=2)] == [1, 2]
 
 
+def test_a_dataset_may_have_a_name(model, folder, monkeypatch):
+    dataset = write_rows(folder / "rows.jsonl", questions(2))
+    monkeypatch.setitem(batch.DATASETS, "shapes", DatasetSpec(name="shapes", source=dataset, format="swift"))
+    assert answer(model, "shapes", result_path="named.jsonl") == answer(model, dataset)
+
+
 def test_rows_are_counted_without_blank_lines(folder):
     (folder / "rows.jsonl").write_text('{"query": "one"}\n\n  \n{"query": "two"}')
     assert count_rows(folder / "rows.jsonl", None) == 2
@@ -251,7 +291,7 @@ def test_rows_are_counted_without_blank_lines(folder):
 
 def test_rows_are_read_and_prepared_only_a_little_ahead(model, folder, monkeypatch):
     """Memory must not grow with the file."""
-    dataset = write_rows(folder / "rows.jsonl", questions(60))
+    dataset = write_rows(folder / "rows.jsonl", questions(30))
     ahead = []
     with DatasetRun(InferDataArgs(val_dataset=dataset), model.spec) as run:
         add = run.results.add
@@ -279,13 +319,13 @@ def test_a_killed_run_goes_on_exactly(checkpoint, folder):
         *(sys.executable, "-m", "mmtool", "infer", "--model_id_or_path", checkpoint, "--val_dataset", dataset),
         *("--max_batch_size", "4", "--max_new_tokens", "60", "--resume", "true", "--result_path", "out.jsonl"),
     ]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mmtool.__file__).parents[1])}
 
     stopped = start_until(command, env, lines=10)
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate(timeout=60)
     assert stopped.returncode == 130
-    assert "--resume true goes on" in err
+    assert "--resume true" in err
     assert "Traceback" not in err
     begun = (folder / "out.jsonl").read_bytes()
     assert begun.endswith(b"\n")
@@ -305,9 +345,13 @@ def test_a_killed_run_goes_on_exactly(checkpoint, folder):
     assert [record["line"] for record in records] == list(range(1, 81))
     assert [record["id"] for record in records] == [row["id"] for row in rows]
 
-    again = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0
-    assert "every row is answered already" in again.stderr
+
+def test_a_finished_run_needs_no_model(model, folder):
+    dataset = write_rows(folder / "rows.jsonl", questions(2))
+    records = answer(model, dataset)
+    with DatasetRun(InferDataArgs(val_dataset=dataset, resume=True), model.spec) as run:
+        assert run.finished
+    assert read("rows.yi-vl-6b-chat.jsonl") == records
 
 
 def start_until(command, env, lines):

@@ -1,9 +1,12 @@
 """The chat in this process, its lines from a pipe; what a terminal adds is in test_terminal.py."""
 
 import dataclasses
+import functools
+import http.server
 import io
 import json
 import sys
+import threading
 from pathlib import Path
 
 import PIL.Image
@@ -89,6 +92,42 @@ def test_the_second_turn_runs_no_tower_and_computes_the_first_no_more(converse, 
     assert (
         model.engine.stats.cached_tokens - before.cached_tokens >= 2 * prompt - 1
     )  # the last position gives the answer
+
+
+@pytest.fixture
+def server(picture):
+    """A picture's URL, and the list of what was asked of the server."""
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(Path(picture).parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a%20picture.png", asked
+        server.shutdown()
+
+
+def test_a_picture_from_a_url_is_fetched_once(converse, picture, server):
+    url, asked = server
+    assert converse("one", url, "two", "", "three", "")[0] == converse("one", picture, "two", "", "three", "")[0]
+    assert len(asked) == 1
+
+
+def test_models_with_inline_media_find_them_in_the_text(converse, model, picture):
+    inline = dataclasses.replace(model, spec=dataclasses.replace(model.spec, media_style="inline"))
+    asked = f"what is <img>{picture}</img>?", "<img>missing.png</img> and?", "and now?"
+    answers, err = converse(*asked, model=inline)
+    assert answers == answers_of(model, [text("what is "), image(picture), text("?")], "and now?")
+    (error,) = err.splitlines()
+    assert error.startswith("error: cannot open image 'missing.png'")
+
+
+def test_models_of_text_are_not_asked_for_pictures(converse, model):
+    plain = dataclasses.replace(model, spec=dataclasses.replace(model.spec, media_style="none"))
+    assert converse("one", "<img>x</img>", model=plain)[0] == answers_of(model, "one", "<img>x</img>")
 
 
 def test_a_picture_is_opened_once_and_may_be_gone_in_the_next_turn(converse, model, picture, monkeypatch, capsys):
@@ -187,9 +226,7 @@ def test_retry_and_undo_go_back_one_turn(converse, model):
 
 def test_a_saved_conversation_is_a_row_of_messages(converse, picture, tmp_path):
     path = tmp_path / "my chats.jsonl"
-    answers, err = converse(
-        "reset-system", "Be brief.", "one 中", picture, f"/save {path}", "two", "", f"/save '{path}'"
-    )
+    answers, _ = converse("reset-system", "Be brief.", "one 中", picture, f"/save {path}", "two", "", f"/save '{path}'")
     first, second = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert first["messages"] == [
         {"role": "system", "content": "Be brief."},

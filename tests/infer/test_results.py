@@ -80,6 +80,11 @@ def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path):
     assert path.read_bytes().endswith(b"\n")
 
 
+def test_a_device_that_is_full_says_so_too():
+    with pytest.raises(MMToolError, match="No space left on device"), ResultFile(Path("/dev/full")) as results:
+        results.add(0, {"line": 1})
+
+
 def test_an_existing_file_is_only_touched_when_asked(tmp_path):
     path, dataset = tmp_path / "out.jsonl", tmp_path / "rows.jsonl"
     dataset.write_text("{}")

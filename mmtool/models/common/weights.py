@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,8 +29,9 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 8 << 20
 _AGAIN = "Download the file again."
+_thread = threading.local()
 _SAFETENSORS_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -62,7 +64,7 @@ class LazyTensor:
         return replace(self, dtype=dtype) if self.stored_dtype.is_floating_point else self
 
     def read(self) -> torch.Tensor:
-        """Read the tensor into fresh memory, in ``dtype``; at most 16 MiB of the stored form are held beside it."""
+        """Read the tensor into fresh memory, in ``dtype``; 8 MiB of the stored form are held beside it."""
         if self.stride is not None:
             span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
             flat = replace(self, shape=torch.Size([span if self.shape.numel() else 0]), stride=None).read()
@@ -73,9 +75,8 @@ class LazyTensor:
             if self.dtype == self.stored_dtype:
                 self._fill(file, self.offset, flat)
                 return result
-            step = max(1, _CHUNK_BYTES // self.stored_dtype.itemsize)
-            buffer = torch.empty(min(step, flat.numel()), dtype=self.stored_dtype)
-            for start in range(0, flat.numel(), step):
+            buffer = _buffer().view(self.stored_dtype)
+            for start in range(0, flat.numel(), buffer.numel()):
                 chunk = buffer[: flat.numel() - start]
                 self._fill(file, self.offset + start * self.stored_dtype.itemsize, chunk)
                 flat[start : start + chunk.numel()] = chunk
@@ -93,6 +94,13 @@ class LazyTensor:
             if count == 0:
                 raise CheckpointError(f"{self.path} ends before its last tensor does", _AGAIN)
             done += count
+
+
+def _buffer() -> torch.Tensor:
+    """Return the bytes through which this thread converts; kept, or they would leave holes between the weights."""
+    if not hasattr(_thread, "buffer"):
+        _thread.buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8)
+    return _thread.buffer
 
 
 def read_weights(folder: Path) -> dict[str, LazyTensor]:

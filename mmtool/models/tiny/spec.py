@@ -21,6 +21,6 @@ SPECS = (
         parts=PARTS,
         lora_target_modules=LLM_QKV,
         embedded="checkpoint",
-        description="a few million parameters, in the package: English and Chinese, drawn pictures at 112 px",
+        description="a few million parameters, in the package: English and Chinese, drawn pictures",
     ),
 )

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import __version__
 from transformers.configuration_utils import PreTrainedConfig
@@ -52,7 +52,7 @@ class YiVLConfig(PreTrainedConfig):
     """
 
     model_type = "yi_vl"
-    sub_configs_defaults = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}  # noqa: RUF012
+    sub_configs: ClassVar = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
 
     text_config: dict | LlamaConfig | None = None
     vision_config: dict | CLIPVisionConfig | None = None
@@ -70,6 +70,10 @@ class YiVLConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Complete what a release may leave out, and refuse what this network is not."""
+        for name, config_class in self.sub_configs.items():
+            part = getattr(self, name)
+            if not isinstance(part, PreTrainedConfig):
+                setattr(self, name, config_class(**(part or {})))
         super().__post_init__(**kwargs)
         if self.mm_hidden_size is None:
             self.mm_hidden_size = self.vision_config.hidden_size

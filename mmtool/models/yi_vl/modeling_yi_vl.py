@@ -163,7 +163,7 @@ class YiVLPreTrainedModel(PreTrainedModel):
         prefix = "model.vision_tower."
         tower = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         super().save_pretrained(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
-        if is_main_process and tower:
+        if is_main_process and tower and not self._hf_peft_config_loaded:  # else it was the adapter that was saved
             save_torch_state_dict(
                 {f"vision_model.{name}": tensor.contiguous() for name, tensor in tower.items()},
                 Path(save_directory) / self.config.vision_folder_name,
@@ -195,8 +195,10 @@ class YiVLModel(YiVLPreTrainedModel):
         """
         if not isinstance(pixel_values, Tensor):
             pixel_values = torch.stack(tuple(pixel_values))
-        weight = self.vision_tower.embeddings.patch_embedding.weight
-        hidden_states = self.vision_tower(pixel_values.to(weight.device, weight.dtype))
+        device = self.vision_tower.embeddings.patch_embedding.weight.device
+        if device.type != "meta":  # where accelerate brings the weights for the call only, it moves the input as well
+            pixel_values = pixel_values.to(device)
+        hidden_states = self.vision_tower(pixel_values)
         patches = hidden_states if self.config.mm_vision_select_feature == "cls_patch" else hidden_states[:, 1:]
         output = BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=list(self.multi_modal_projector(patches))
@@ -332,7 +334,8 @@ def _target_dtype(dtype: torch.dtype | str | None, config: YiVLConfig, weights: 
 
 def _finish(model: YiVLPreTrainedModel, folder: Path, options: dict[str, Any]) -> None:
     """Set what transformers reads from a folder and could not, since it was given tensors."""
-    model.config.name_or_path = str(folder)
+    for module in (model, model.base_model):  # an adapter notes it as the base it belongs to
+        module.name_or_path = module.config.name_or_path = str(folder)
     if model.can_generate() and options.get("generation_config") is None:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)

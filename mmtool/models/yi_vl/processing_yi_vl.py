@@ -93,6 +93,7 @@ class YiVLTextKwargs(TextKwargs, total=False):
 class YiVLProcessorKwargs(ProcessingKwargs, total=False):
     """Arguments of a call, by part."""
 
+    _defaults = {}  # noqa: RUF012 - older transformers read it
     text_kwargs: YiVLTextKwargs
     images_kwargs: YiVLImageKwargs
 
@@ -133,7 +134,10 @@ class YiVLProcessor(ProcessorMixin):
         patches = image_processor.crop_size.height // image_processor.patch_size
         self.num_tokens_per_image = num_tokens_per_image or patches**2
         self.vision_folder_name = vision_folder_name
-        self.text_kwargs = {"media_tokens": [self.image_token]}
+
+    def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
+        """Return ``input_ids``, ``attention_mask`` and ``pixel_values``, as transformers' processors do."""
+        return super().__call__(images=images, text=text, media_tokens=[self.image_token], **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -146,7 +150,11 @@ class YiVLProcessor(ProcessorMixin):
         """
         patterns = ["*.json", "vit/*/*.json", "tokenizer.model", "*.jinja"]
         folder, kwargs = local_folder(pretrained_model_name_or_path, kwargs, patterns)
-        tokenizer = kwargs.pop("tokenizer", None) or SentencePieceTokenizer.from_pretrained(folder)
+        tokenizer = kwargs.pop("tokenizer", None)
+        if not isinstance(
+            tokenizer, SentencePieceTokenizer
+        ):  # serving engines pass what AutoTokenizer made of the folder
+            tokenizer = SentencePieceTokenizer.from_pretrained(folder)
         image_processor = kwargs.pop("image_processor", None)
         if not (folder / "config.json").is_file():  # a processor that was saved without its model
             settings = _settings(vision_folder(folder, None))

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from mmtool.models.common.layout import LLM_QKV, PARTS
-from mmtool.spec import ModelSpec
+from mmtool.spec import AutoClasses, ModelSpec
 
 # The 34B release has hidden size 7168 and 60 layers, the 6B one 4096 and 32; anything smaller counts as 6B.
 _LARGE_HIDDEN_SIZE, _LARGE_NUM_LAYERS = 7168, 60
@@ -42,6 +42,20 @@ def _matches(config: Mapping[str, Any], large: bool) -> bool:
     return "mmtool_model_type" not in config and is_yi_vl(config) and _is_large(config) == large
 
 
+_MODEL_CLASS = "mmtool.models.yi_vl.modeling_yi_vl:YiVLForConditionalGeneration"
+_PROCESSOR_CLASS = "mmtool.models.yi_vl.processing_yi_vl:YiVLProcessor"
+_AUTO = AutoClasses(
+    model_types={"yi_vl": is_yi_vl, "llava": is_yi_vl},
+    config_class="mmtool.models.yi_vl.configuration_yi_vl:YiVLConfig",
+    base_model_class="mmtool.models.yi_vl.modeling_yi_vl:YiVLModel",
+    model_class=_MODEL_CLASS,
+    heads=("AutoModelForImageTextToText", "AutoModelForCausalLM"),
+    processor_class=_PROCESSOR_CLASS,
+    image_processor_class="mmtool.models.yi_vl.processing_yi_vl:YiVLImageProcessor",
+    tokenizer_class="mmtool.models.common.tokenization:SentencePieceTokenizer",
+)
+
+
 def _spec(size: str, large: bool) -> ModelSpec:
     return ModelSpec(
         model_type=f"yi-vl-{size.lower()}-chat",
@@ -51,12 +65,13 @@ def _spec(size: str, large: bool) -> ModelSpec:
         modalities=("image",),
         media_style="round",
         template_type="yi-vl",
-        model_class="mmtool.models.yi_vl.modeling_yi_vl:YiVLForConditionalGeneration",
-        processor_class="mmtool.models.yi_vl.processing_yi_vl:YiVLProcessor",
+        model_class=_MODEL_CLASS,
+        processor_class=_PROCESSOR_CLASS,
         template_class="mmtool.models.yi_vl.template:YiVLTemplate",
         matches=lambda config: _matches(config, large),
         parts=PARTS,
         lora_target_modules=LLM_QKV,
+        auto=_AUTO,
         description=f"Yi-VL {size}: English and Chinese, pictures at 448 px",
     )
 

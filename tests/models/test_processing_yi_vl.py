@@ -112,8 +112,6 @@ def test_the_processor_works_as_one_of_transformers(yi_vl: Path, processor: YiVL
     assert processor.image_token_id == 9
     expansion = processor.replace_image_token({}, 0)
     assert processor.tokenizer.encode(expansion, media_tokens=[processor.image_token]) == [9] * 16
-    with pytest.raises(ValueError, match="should be the same"):
-        processor(text=processor.image_token, images=[picture, picture])
 
 
 def test_how_many_positions_a_picture_takes_is_known_without_it(processor: YiVLProcessor) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from mmtool.errors import CheckpointError
+from mmtool.models.common.layout import LLM_QKV
 from mmtool.models.common.weights import read_weights
 from mmtool.models.yi_vl.configuration_yi_vl import YiVLConfig
 from mmtool.models.yi_vl.modeling_yi_vl import YiVLForConditionalGeneration, YiVLModel
@@ -223,6 +225,26 @@ def test_the_headless_class_reads_and_writes_the_same_folders(checkpoint: Path, 
     assert set(read_weights(tmp_path)) | {"lm_head.weight"} >= set(read_weights(checkpoint))
     again = YiVLModel.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, headless.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def test_an_adapter_is_saved_without_the_model(checkpoint: Path, tmp_path: Path) -> None:
+    adapted = Model.from_pretrained(checkpoint)
+    adapted.add_adapter(LoraConfig(target_modules=LLM_QKV))
+    adapted.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(names) == 3 * 3 * 2, "layers, projections, halves"
+    assert all(name.startswith("base_model.model.model.language_model.layers.") for name in names)
+    assert not (tmp_path / "vit").exists()
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(checkpoint)
+
+
+def test_parts_may_stay_on_disk(checkpoint: Path, model: Model, tmp_path: Path) -> None:
+    places = {"model.vision_tower": "disk", "model.multi_modal_projector": "cpu", "model.language_model": "cpu"}
+    spread = Model.from_pretrained(checkpoint, device_map=places | {"lm_head": "disk"}, offload_folder=tmp_path)
+    ids, pixels = torch.tensor([[7] + [9] * 16 + [8]]), torch.rand(1, 3, 56, 56)
+    with torch.no_grad():
+        torch.testing.assert_close(spread(ids, pixels).logits, model(ids, pixels).logits, atol=1e-4, rtol=0)
 
 
 def test_a_config_survives_a_dictionary(checkpoint: Path) -> None:
