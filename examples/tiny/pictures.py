@@ -79,18 +79,20 @@ def pad_and_resize(image: Image.Image, size: int) -> np.ndarray:
 
 
 GLYPHS = "0123456789+=?" + LETTERS + LETTERS.upper()
-MARKS = 2 * len(GLYPHS) + len(SHAPES) + len(COLOURS)
+MARKS = 2 * len(GLYPHS) + len(SHAPES) + len(COLOURS) + 9
 
 
 def mark_patches(scene: Scene, width: int, height: int, grid: int) -> np.ndarray:
     """Say for each patch of the padded picture what has its centre in it: [grid * grid, MARKS], 0 or 1.
 
-    Two characters can share a patch, so those in its left half and those in its right half are told apart."""
+    A shape is marked by kind, colour and cell of the 3x3 grid. Two characters can share a patch, so those in
+    its left half and those in its right half are told apart."""
     marks = np.zeros((grid * grid, MARKS), np.uint8)
     side = max(width, height)
     shapes = 2 * len(GLYPHS)
     found = [(shapes + SHAPES.index(t.shape), t.x, t.y) for t in scene.things]
     found += [(shapes + len(SHAPES) + list(COLOURS).index(t.colour), t.x, t.y) for t in scene.things]
+    found += [(MARKS - 9 + min(2, int(t.y * 3)) * 3 + min(2, int(t.x * 3)), t.x, t.y) for t in scene.things]
     found += [(GLYPHS.index(char), x, y) for char, x, y in scene.glyphs if char in GLYPHS]
     for number, x, y in found:
         column = (x * width + (side - width) / 2) / side * grid
