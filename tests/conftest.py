@@ -1,8 +1,9 @@
 """Golden data: recorded runs of the original models. The whole set lies beside the repository, a selection in it."""
 
 import json
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def golden_dir(family: str) -> Path:
         if place is not None and (Path(place) / family).is_dir():
             return Path(place) / family
     pytest.skip(f"no golden data of {family} in {', '.join(str(place) for place in PLACES if place)}")
+
+
+@pytest.fixture(autouse=True)
+def fresh_logger() -> Iterator[None]:
+    """Leave the logger as a new process has it: commands that run inside a test set it up for good."""
+    yield
+    root = logging.getLogger("mmtool")
+    root.handlers[:], root.propagate = [], True
+    root.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

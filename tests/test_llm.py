@@ -231,7 +231,6 @@ def test_dtypes_and_keywords_of_from_pretrained(opened: tuple) -> None:
 
 def test_unneeded_keywords_are_noted_once(opened: tuple, caplog: pytest.LogCaptureFixture) -> None:
     llm._noted.clear()
-    logging.getLogger("mmtool").propagate = True
     with caplog.at_level(logging.WARNING, logger="mmtool"):
         for _ in range(2):
             get_model_tokenizer("tiny", load_model=False, trust_remote_code=True, revision=None)

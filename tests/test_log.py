@@ -1,22 +1,14 @@
 """Messages go to stderr, plainly; stdout stays free for answers."""
 
-import logging
-from collections.abc import Iterator
-
 import pytest
 
 from mmtool import log
 
 
 @pytest.fixture(autouse=True)
-def restore_logger(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def quiet_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         monkeypatch.setenv(name, "error")
-    root = logging.getLogger("mmtool")
-    before = root.handlers[:], root.level, root.propagate
-    yield
-    root.handlers[:], root.propagate = before[0], before[2]
-    root.setLevel(before[1])
 
 
 def test_messages_are_plain_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

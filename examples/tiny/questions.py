@@ -862,6 +862,42 @@ OFF_TOPIC_ZH = (
     "|告诉我今天的新闻。|你会下棋吗？|世界上最大的国家是哪个？|长江有多长？"
 )
 
+# The same with many different subjects, so that the model refuses the kind of question and not the few it has seen.
+OFF_TOPIC_ABOUT_EN = (
+    "What is the capital of {c}?|How many people live in {c}?|Where is {c}?|What language do they speak in {c}?"
+    "|Who is the president of {c}?|Write a poem about {t}.|Write a story about {t}.|Tell me about {t}.|Explain {t}."
+    "|How does {t} work?|Who invented {t}?|Why is {t} important?|What do you think about {t}?|Do you like {t}?"
+    "|What is the history of {t}?|Give me five facts about {t}.|How much does {t} cost?|Where can I buy {t}?"
+    "|Write an essay about {t}.|Tell me a joke about {t}.|Translate {t} into Spanish.|How can I learn {t}?"
+    "|Who is best at {t}?|What is the future of {t}?|Recommend a book about {t}.|When is the best time to visit {c}?"
+    "|Can you help me with {t}?|Write code for {t}.|Summarize the history of {c}.|What does {t} mean?"
+)
+OFF_TOPIC_ABOUT_ZH = (
+    "{c}的首都是哪里？|{c}有多少人口？|{c}在哪里？|{c}人说什么语言？|{c}的总统是谁？|写一首关于{t}的诗。|写一个关于{t}的故事。"
+    "|给我讲讲{t}。|解释一下{t}。|{t}是怎么工作的？|谁发明了{t}？|为什么{t}很重要？|你觉得{t}怎么样？|你喜欢{t}吗？"
+    "|{t}的历史是什么？|说五个关于{t}的事实。|{t}多少钱？|在哪里可以买到{t}？|写一篇关于{t}的文章。|讲一个关于{t}的笑话。"
+    "|把{t}翻译成英文。|怎么学习{t}？|推荐一本关于{t}的书。|什么时候去{c}最好？|你能帮我处理{t}吗？"
+    "|介绍一下{c}的历史。|{t}是什么意思？"
+)
+TOPICS_EN = (
+    "music|football|history|physics|love|cooking|chess|the moon|dogs|cats|cars|climate change|art|computers|money"
+    "|mathematics|the sea|dinosaurs|bread|gardening|school|health|politics|guitars|space|winter|books|films"
+    "|trains|the internet|robots|tea|my job|travel|fashion|tennis|birds|wine|biology|medicine|law|poetry|the universe"
+    "|pizza|gravity|taxes|flowers|mountains|dreams|language|time|happiness|electricity|swimming|a good breakfast"
+)
+TOPICS_ZH = (
+    "音乐|足球|历史|物理|爱情|做饭|围棋|月亮|小狗|猫|汽车|气候|艺术|电脑|咖啡|钱|数学|大海|恐龙|面包|花园|学校|健康|政治|哲学"
+    "|冬天|书|电影|火车|互联网|机器人|茶|工作|旅行|时尚|网球|鸟|酒|生物|医学|法律|诗歌|宇宙|披萨|重力|花|山|梦|语言|时间|幸福|电|游泳|早餐"
+)
+COUNTRIES_EN = (
+    "France|Spain|Germany|Italy|China|Japan|India|Brazil|Canada|Australia|England|Russia|Egypt|Mexico|Poland|Sweden"
+    "|Norway|Turkey|Kenya|Peru|Chile|Greece|Portugal|Korea|Vietnam|Thailand|Austria|Ireland|Finland|the United States"
+)
+COUNTRIES_ZH = (
+    "法国|西班牙|德国|意大利|中国|日本|印度|巴西|加拿大|澳大利亚|英国|俄罗斯|埃及|墨西哥|波兰"
+    "|瑞典|挪威|土耳其|希腊|葡萄牙|韩国|越南|泰国|美国"
+)
+
 
 def chat(rng: random.Random, scene: Scene | None, lang: str) -> Turn:
     """Make a turn of small talk, a question about the model, or one that it cannot answer."""
@@ -880,7 +916,11 @@ def chat(rng: random.Random, scene: Scene | None, lang: str) -> Turn:
         "bye": ("Goodbye!", "再见！"),
         "off": (CANNOT_EN, CANNOT_ZH),
     }[kind]
-    return Turn(pick(rng, lang, *questions), answers[lang != "en"], f"chat_{kind}")
+    topics, countries = (TOPICS_EN, COUNTRIES_EN) if lang == "en" else (TOPICS_ZH, COUNTRIES_ZH)
+    if kind == "off" and rng.random() < 0.75:
+        questions = (OFF_TOPIC_ABOUT_EN, OFF_TOPIC_ABOUT_ZH)
+    question = pick(rng, lang, *questions, t=rng.choice(topics.split("|")), c=rng.choice(countries.split("|")))
+    return Turn(question, answers[lang != "en"], f"chat_{kind}")
 
 
 def no_picture(rng: random.Random, scene: Scene | None, lang: str) -> Turn:
@@ -974,7 +1014,7 @@ def follow_up(rng: random.Random, scene: Scene, lang: str, last: Turn) -> Turn |
 def next_turn(rng: random.Random, scene: Scene | None, lang: str, last: Turn | None) -> Turn:
     """Make the next turn of a conversation; `scene` is None while no picture has been sent."""
     if scene is None:
-        return rng.choices((chat, typed_sum, no_picture), (5, 5, 1.5))[0](rng, scene, lang)
+        return rng.choices((chat, typed_sum, no_picture), (7, 3, 1.5))[0](rng, scene, lang)
     if last is not None and rng.random() < 0.3:
         turn = follow_up(rng, scene, lang, last)
         if turn:

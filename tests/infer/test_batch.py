@@ -17,7 +17,6 @@ from mmtool.data.registry import DatasetSpec
 from mmtool.errors import DataError, MMToolError
 from mmtool.infer import batch
 from mmtool.infer.batch import DatasetRun, count_rows
-from mmtool.log import get_logger
 from mmtool.messages import Text
 
 QUESTIONS = ("one", "what is in the picture?", "数字?", "a longer question, " * 6, "c d e", "123", "how many", "b")
@@ -37,9 +36,8 @@ def batched(load_small):
 
 
 @pytest.fixture
-def log_lines(caplog, monkeypatch):
+def log_lines(caplog):
     """What was logged so far."""
-    monkeypatch.setattr(get_logger(), "propagate", True)
     caplog.set_level("INFO", logger="mmtool")
     return lambda: [record.getMessage() for record in caplog.records]
 
