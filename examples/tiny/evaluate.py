@@ -129,6 +129,19 @@ def measure(answerer: Answerer, task: str, lang: str, seed: int, count: int, bat
     return right / count
 
 
+def write_table(path: Path, report: dict) -> None:
+    """Replace what stands between the two accuracy comments of a Markdown file."""
+    start, end = "<!-- accuracy -->", "<!-- end of accuracy -->"
+    lines = ["", "| task | English | Chinese |", "| --- | ---: | ---: |"]
+    for task, values in report["accuracy"].items():
+        cells = [f"{100 * values[lang]:.1f} %" if lang in values else "" for lang in ("en", "zh")]
+        lines.append(f"| {task} | {cells[0]} | {cells[1]} |")
+    lines += ["", f"{report['samples']} questions for each figure, seed {report['seed']}.", ""]
+    text = path.read_text(encoding="utf-8")
+    before, after = text.split(start)[0], text.split(end)[1]
+    path.write_text(before + start + "\n".join(lines) + "\n" + end + after, encoding="utf-8")
+
+
 def main() -> None:
     """Print a table of accuracies and write it as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -141,6 +154,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong answers of each task")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--readme", type=Path, help="also write the table into this Markdown file")
     args = parser.parse_args()
     answerer = Answerer(args.folder, args.device)
     langs = ("en", "zh") if args.lang == "both" else (args.lang,)
@@ -155,8 +169,10 @@ def main() -> None:
         }
         print(f"{task:18}" + "".join(f"{100 * v:7.1f}%" for v in accuracy[task].values()), flush=True)
     print(f"{args.samples} questions per task and language, seed {args.seed}, {time.time() - start:.0f} s")
+    report = {"seed": args.seed, "samples": args.samples, "decoding": "greedy", "accuracy": accuracy}
+    if args.readme:
+        write_table(args.readme, report)
     if args.json:
-        report = {"seed": args.seed, "samples": args.samples, "decoding": "greedy", "accuracy": accuracy}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

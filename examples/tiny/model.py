@@ -39,6 +39,17 @@ class Dims:
         return (self.image_size // self.patch_size) ** 2
 
 
+def grid_positions(side: int, width: int) -> Tensor:
+    """Return sines and cosines of the column and row of each patch, [side * side, width].
+
+    The usual start for positions, noise a fiftieth as strong as the patches, takes most of a short training to grow;
+    until then the ViT sees a bag of patches."""
+    speed = 32.0 ** (-torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * speed
+    wave = torch.cat([angle.sin(), angle.cos()], 1)
+    return torch.cat([wave.repeat(side, 1), wave.repeat_interleave(side, 0)], 1)
+
+
 class TinyVL(nn.Module):
     """Picture features replace the image placeholders in the language model's input."""
 
@@ -59,6 +70,9 @@ class TinyVL(nn.Module):
                 attn_implementation="eager",
             )
         )
+        with torch.no_grad():
+            positions = self.vision.get_submodule("embeddings.position_embedding").weight
+            positions[1:] = grid_positions(dims.image_size // dims.patch_size, dims.vit_hidden)
         self.projector = nn.Sequential(
             nn.Linear(dims.vit_hidden, dims.hidden),
             nn.LayerNorm(dims.hidden),
