@@ -6,6 +6,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# deepspeed, where it is installed, writes to stdout as soon as a model is saved: what is said here is marked.
+SAY = """
+def say(*words):
+    print(">", *words)
+"""
 MMTOOL = """
 import sys
 before = set(sys.modules)
@@ -18,11 +23,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 """
 OURS = """
 model = AutoModelForImageTextToText.from_pretrained(sys.argv[1])
-print(type(model).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
+say(type(model).__name__, type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)
 """
 MORE_OF_OURS = """
-print(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
-print(type(AutoModelForCausalLM.from_config(model.config)).__name__, type(AutoConfig.for_model("yi_vl")).__name__)
+say(type(AutoModel.from_pretrained(sys.argv[1])).__name__)
+say(type(AutoModelForCausalLM.from_config(model.config)).__name__, type(AutoConfig.for_model("yi_vl")).__name__)
 """
 THEIRS = """
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -30,18 +35,18 @@ sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_atte
 parts = dict(vision_config=CLIPVisionConfig(**sizes, image_size=28, patch_size=14))
 built = LlavaForConditionalGeneration(LlavaConfig(text_config=LlamaConfig(**sizes, vocab_size=99), **parts))
 built.save_pretrained(sys.argv[2])
-print(type(AutoConfig.from_pretrained(sys.argv[2])).__name__, type(AutoConfig.for_model("llava")).__name__)
+say(type(AutoConfig.from_pretrained(sys.argv[2])).__name__, type(AutoConfig.for_model("llava")).__name__)
 loaded = AutoModelForImageTextToText.from_pretrained(sys.argv[2])
-print(type(loaded).__name__, all((a == b).all() for a, b in zip(built.parameters(), loaded.parameters())))
+say(type(loaded).__name__, all((a == b).all() for a, b in zip(built.parameters(), loaded.parameters())))
 """
 
 
 def run(script: str, *arguments: Path) -> list[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+    command = [sys.executable, "-c", SAY + script, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return [line.removeprefix("> ") for line in done.stdout.splitlines() if line.startswith("> ")]
 
 
 def test_auto_classes_load_ours_and_theirs(golden: Callable[[str], Path], tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -250,22 +250,15 @@ def load_release(folder: Path) -> TinyVL:
         )
     )
     state = {}
-    for name in model.state_dict():
-        state[name] = None
-    prefix = "vision.vision_model." if any(n.startswith("vision.vision_model.") for n in state) else "vision."
+    # Newer transformers leave the prefix "vision_model." out of the parameters' names.
+    nested = any(name.startswith("vision.vision_model.") for name in model.state_dict())
     for name, value in load_file(vit_folder / "model.safetensors").items():
-        state[prefix + name.removeprefix("vision_model.")] = value.float()
+        state["vision." + (name if nested else name.removeprefix("vision_model."))] = value.float()
     for name, value in load_file(folder / "model.safetensors").items():
-        key = name.replace("model.mm_projector.", "projector.") if "mm_projector" in name else "llm." + name
-        state[key] = value.float()
-    # Buffers such as position_ids are not stored.
-    model.load_state_dict({k: v for k, v in state.items() if v is not None}, strict=False)
-    missing = [n for n, _ in model.named_parameters() if state.get(n) is None]
+        inside = name.startswith("model.mm_projector.")
+        state[name.removeprefix("model.mm_") if inside else "llm." + name] = value.float()
+    missing = [name for name, _ in model.named_parameters() if name not in state]
     if missing:
         raise ValueError(f"{folder} lacks weights: {', '.join(missing[:5])}")
+    model.load_state_dict(state, strict=False)  # buffers such as position_ids are not stored
     return model.eval()
-
-
-def dims_json(dims: Dims) -> dict:
-    """Return the sizes as plain data."""
-    return asdict(dims)
