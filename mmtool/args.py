@@ -53,7 +53,9 @@ class TemplateArgs:
     """Prompt"""
 
     system: str | None = opt(None, "System text. Default: the template's own; an empty text means none.")
-    max_length: int | None = opt(None, "Most positions of prompt and answer; a picture counts the positions it takes.")
+    max_length: int | None = opt(
+        None, "Most positions of the conversation before the answer; a picture counts those it takes."
+    )
     truncation_strategy: Literal["delete", "truncation_left", "raise"] = opt(
         "delete",
         "A conversation over --max_length: drop the row, cut its oldest positions (never inside a picture), or stop.",
