@@ -35,7 +35,7 @@ $(READY): pyproject.toml constraints.txt
 	@echo "installing torch into $(VENV); large the first time"
 	@$(PIP) install --quiet --constraint constraints.txt torch setuptools
 	@echo "installing mmtool and what it needs"
-	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable '.[dev,serve,deepspeed]'
+	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable '.[dev,serve,deepspeed,audio]'
 	@touch $@
 	@echo "ready: $(BIN)/mmtool --help"
 

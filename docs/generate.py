@@ -4,6 +4,7 @@ A page holds a pair of comments, `<!-- options:infer -->` and `<!-- /options:inf
 `<!-- /models -->`, and whatever stands between them is replaced.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -15,23 +16,25 @@ ROOT = Path(__file__).parent.parent
 _BLOCK = re.compile(r"(<!-- (models|options:(\w+)) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
 
 
-def models_table() -> str:
-    """Return the registry as Markdown."""
-    rows = ["| model type | media | template | hub id | |", "|---|---|---|---|---|"]
+def models_table(folder: Path = ROOT / "docs") -> str:
+    """Return the registry as Markdown; links start in ``folder``."""
+    rows = ["| model type | takes | template | hub id | |", "|---|---|---|---|---|"]
     for spec in MODELS.values():
-        name = f"[`{spec.model_type}`]({spec.docs})" if spec.docs else f"`{spec.model_type}`"
-        hub_id = "in the package" if spec.embedded else f"`{spec.hf_id}`"
-        media = ", ".join(spec.modalities)
+        link = os.path.relpath(ROOT / "docs" / spec.docs, folder)
+        name = f"[`{spec.model_type}`]({link})" if spec.docs else f"`{spec.model_type}`"
+        media = ", ".join(("text", *spec.modalities))
+        hub_id = "in the package" if spec.embedded else f"`{spec.hf_id}`" if spec.hf_id else "a local folder"
         rows.append(f"| {name} | {media} | `{spec.template_type}` | {hub_id} | {spec.description} |")
     return "\n".join(rows)
 
 
-def rewritten(text: str) -> str:
-    """Return a page with the tables of today."""
+def rewritten(text: str, folder: Path = ROOT / "docs") -> str:
+    """Return a page of ``folder`` with the tables of today."""
 
     def table(match: re.Match[str]) -> str:
         command = match[3]
-        return f"{match[1]}\n{markdown_table(COMMANDS[command]) if command else models_table()}\n\n{match[4]}"
+        made = markdown_table(COMMANDS[command]) if command else models_table(folder)
+        return f"{match[1]}\n{made}\n\n{match[4]}"
 
     return _BLOCK.sub(table, text)
 
@@ -45,8 +48,8 @@ def main() -> None:
     """Rewrite every page whose tables are out of date."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        if rewritten(text) != text:
-            page.write_text(rewritten(text), encoding="utf-8")
+        if (new := rewritten(text, page.parent)) != text:
+            page.write_text(new, encoding="utf-8")
             print(f"rewrote {page.relative_to(ROOT)}")
 
 

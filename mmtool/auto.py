@@ -1,8 +1,9 @@
 """Make transformers' Auto classes know our models, without importing transformers before the user does.
 
 Only the public ``register`` calls of transformers are used. ``AutoConfig`` learns the names of our families as soon as
-its module is loaded, which a module finder in ``sys.meta_path`` waits for; the rest follows when a config of ours is
-first read. What is registered stands in the ``auto`` field of each ``ModelSpec``.
+its module is loaded, which a module finder in ``sys.meta_path`` waits for, and so does ``AutoProcessor``, which looks
+for a class by the name in a folder's files; the rest follows when a config of ours is first read. What is registered
+stands in the ``auto`` field of each ``ModelSpec``.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from mmtool.registry import MODELS
 from mmtool.spec import AutoClasses
 from mmtool.utils import import_object
 
-_CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
+_AUTO = "transformers.models.auto."
 
 
 class _Dispatcher(type):
@@ -58,6 +59,23 @@ class _Dispatcher(type):
         return register_classes(cls.owners[0])
 
 
+class _StandIn(type):
+    """A class that is found by its name and is, for all that is asked of it, the one at an import path."""
+
+    def __new__(cls, path: str) -> _StandIn:
+        return super().__new__(cls, path.rpartition(":")[2], (), {"__module__": path.partition(":")[0]})
+
+    def __init__(cls, path: str) -> None:
+        super().__init__(cls.__name__, (), {})
+        cls.path = path
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return import_object(cls.path)(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        return getattr(import_object(cls.path), name)
+
+
 def families() -> tuple[AutoClasses, ...]:
     """Return what the registry wants the Auto classes to know, each once."""
     return tuple({id(spec.auto): spec.auto for spec in MODELS.values() if spec.auto is not None}.values())
@@ -72,11 +90,17 @@ def register_classes(classes: AutoClasses) -> Any:
     _auto("modeling:AutoModel").register(config, import_object(classes.base_model_class), exist_ok=True)
     for head in classes.heads:
         _auto(f"modeling:{head}").register(config, import_object(classes.model_class), exist_ok=True)
-    _auto("processing:AutoProcessor").register(config, import_object(classes.processor_class), exist_ok=True)
-    _auto("image_processing:AutoImageProcessor").register(
-        config, image_processor_classes={"pil": import_object(classes.image_processor_class)}, exist_ok=True
-    )
     _auto("tokenization:AutoTokenizer").register(config, import_object(classes.tokenizer_class), exist_ok=True)
+    if classes.processor_class is not None:
+        _auto("processing:AutoProcessor").register(config, import_object(classes.processor_class), exist_ok=True)
+    if classes.image_processor_class is not None:
+        _auto("image_processing:AutoImageProcessor").register(
+            config, image_processor_classes={"pil": import_object(classes.image_processor_class)}, exist_ok=True
+        )
+    if classes.feature_extractor_class is not None:
+        _auto("feature_extraction:AutoFeatureExtractor").register(
+            config, import_object(classes.feature_extractor_class), exist_ok=True
+        )
     return config
 
 
@@ -94,8 +118,21 @@ def _register_configs(configuration_auto: ModuleType) -> None:
         configuration_auto.AutoConfig.register(model_type, dispatcher, exist_ok=True)
 
 
+def _register_processors(processing_auto: ModuleType) -> None:
+    for classes in families():
+        if classes.processor_class is not None:
+            key = _StandIn(classes.config_class)
+            processing_auto.AutoProcessor.register(key, _StandIn(classes.processor_class), exist_ok=True)
+
+
+_REGISTER = {
+    f"{_AUTO}configuration_auto": _register_configs,
+    f"{_AUTO}processing_auto": _register_processors,
+}
+
+
 class _RegisteringLoader:
-    """Load a module with its own loader, then register our configurations in it."""
+    """Load a module with its own loader, then register our classes in it."""
 
     def __init__(self, loader: Any) -> None:
         self.loader = loader
@@ -108,23 +145,24 @@ class _RegisteringLoader:
         """Run the module, looking as if its own loader had done so alone."""
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _register_configs(module)
+        _REGISTER[module.__name__](module)
 
 
-class _AutoConfigFinder:
-    """Find the module of ``AutoConfig``; leave all others to the finders behind."""
+class _AutoFinder:
+    """Find the modules of the Auto classes; leave all others to the finders behind."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Return the module's spec with our loader round its own."""
-        spec = PathFinder.find_spec(name, path, target) if name == _CONFIGURATION_AUTO else None
+        spec = PathFinder.find_spec(name, path, target) if name in _REGISTER else None
         if spec is not None and spec.loader is not None:
             spec.loader = _RegisteringLoader(spec.loader)
         return spec
 
 
 def install() -> None:
-    """Register with ``AutoConfig`` now if it is loaded, or else when it will be; may be called again."""
-    if _CONFIGURATION_AUTO in sys.modules:
-        _register_configs(sys.modules[_CONFIGURATION_AUTO])
-    elif not any(isinstance(finder, _AutoConfigFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AutoConfigFinder())
+    """Register with what is loaded now, and with the rest when it will be; may be called again."""
+    for name, register in _REGISTER.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not any(isinstance(finder, _AutoFinder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AutoFinder())

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmtool import __version__, log
-from mmtool.args import InferArgs, ListArgs
+from mmtool.args import InferArgs, ListArgs, SftArgs
 from mmtool.errors import MMToolError
 from mmtool.options import HELP_NAMES, TRUE, command
 from mmtool.utils import collection_paused, did_you_mean
@@ -78,6 +78,15 @@ def infer(args: InferArgs) -> None:
         from mmtool.infer.main import infer_main
 
     infer_main(args)
+
+
+@command(app)
+def sft(args: SftArgs) -> None:
+    """Fine-tune a model on your own data."""
+    log.setup(args.log.log_level, verbose=args.log.verbose)
+    from mmtool.sft.launch import start
+
+    start(args)
 
 
 @command(app)

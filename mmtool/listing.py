@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, fields
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from mmtool.data.registry import DATASETS, DatasetSpec
+from mmtool.data.registry import DATASETS
 from mmtool.registry import MODELS, TEMPLATES
 
-_NO_DATASETS = (
-    "No dataset is registered by name; --val_dataset takes the path of any .jsonl, .json, .csv or .parquet file."
-)
+_FILES_TOO = "--dataset and --val_dataset also take the path of any .jsonl, .json, .csv or .parquet file."
 
 
 def rows_of(table: str) -> list[dict[str, Any]]:
     """Return the rows of ``models``, ``templates`` or ``datasets`` as JSON-ready dicts."""
     if table == "datasets":
-        return [asdict(spec) for spec in DATASETS.values()]
+        return [
+            {
+                "name": spec.name,
+                "where": spec.where,
+                "format": spec.format,
+                "description": spec.description,
+                **{hub: place.repo if place else None for hub, place in (("hf", spec.hf), ("ms", spec.ms))},
+            }
+            for spec in DATASETS.values()
+        ]
     if table == "templates":
         return [
             {
@@ -48,7 +54,7 @@ def rows_of(table: str) -> list[dict[str, Any]]:
 
 
 # What the table for people leaves out, because it would not fit beside the rest.
-_JSON_ONLY = ("family", "ms_id", "embedded", "docs")
+_JSON_ONLY = ("family", "ms_id", "embedded", "docs", "hf", "ms")
 
 
 def print_table(table: str, as_json: bool = False) -> None:
@@ -57,7 +63,7 @@ def print_table(table: str, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
         return
-    names = [name for name in _columns(table) if name not in _JSON_ONLY]
+    names = [name for name in rows[0] if name not in _JSON_ONLY]
     printed = Table(*names, box=None, pad_edge=False, header_style="bold")
     for row in rows:
         printed.add_row(*(_cell(row[name]) for name in names))
@@ -68,12 +74,8 @@ def print_table(table: str, as_json: bool = False) -> None:
         with wide.capture() as captured:
             wide.print(printed)
         print("\n".join(line.rstrip() for line in captured.get().rstrip().split("\n")))
-    if not rows:
-        print(_NO_DATASETS)
-
-
-def _columns(table: str) -> list[str]:
-    return [field.name for field in fields(DatasetSpec)] if table == "datasets" else list(rows_of(table)[0])
+    if table == "datasets":
+        print(_FILES_TOO)
 
 
 def _cell(value: Any) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mmtool.engine.base import Answer, Delta, Request, Sampling, request_from
-from mmtool.engine.pt import PtEngine
+from mmtool.engine.base import Answer, Delta, Engine, Request, Sampling, request_from
+from mmtool.engine.create import create_engine
 from mmtool.errors import MMToolError
+from mmtool.loader import get_template as make_template
 from mmtool.loader import load_model as load_weights
 from mmtool.loader import load_processor, open_folder
 from mmtool.log import get_logger
@@ -24,7 +25,6 @@ from mmtool.messages import Message, conversation
 from mmtool.registry import ModelType, get_default_template_type, get_template_class
 from mmtool.spec import ModelSpec
 from mmtool.template.base import Template
-from mmtool.utils import import_object
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -64,7 +64,7 @@ _noted: set[str] = set()
 
 # What belongs to a tokenizer or a model, without keeping it alive or writing into it.
 _origins: weakref.WeakKeyDictionary[Any, tuple[ModelSpec, Path]] = weakref.WeakKeyDictionary()
-_engines: weakref.WeakKeyDictionary[Any, tuple[object, PtEngine]] = weakref.WeakKeyDictionary()
+_engines: weakref.WeakKeyDictionary[Any, tuple[object, Engine]] = weakref.WeakKeyDictionary()
 
 
 def get_model_tokenizer(
@@ -114,6 +114,9 @@ def get_template(
     default_system: str | None = None,
     max_length: int | None = None,
     truncation_strategy: str = "delete",
+    *,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Template:
     """Return the chat format for a tokenizer of ``get_model_tokenizer``.
@@ -124,14 +127,21 @@ def get_template(
         default_system: replaces the default system text; ``""`` is none.
         max_length: most positions, media at their real length.
         truncation_strategy: ``delete``, ``truncation_left`` or ``raise``.
+        processor_kwargs: settings of the image or audio processor, such as ``{"max_slice_nums": 4}``.
+        template_kwargs: settings that only this template has.
         kwargs: further keywords of swift 2.x, of which none is needed.
     """
     _note_unneeded("get_template", kwargs)
     spec, folder = _origin(tokenizer)
-    template_class = import_object(get_template_class(template_type or spec.template_type))
-    processor = load_processor(spec, folder, tokenizer=tokenizer)
-    return template_class(
-        processor, system=default_system, max_length=max_length, truncation_strategy=truncation_strategy
+    if template_type is not None:
+        spec = replace(spec, template_type=template_type, template_class=get_template_class(template_type))
+    return make_template(
+        spec,
+        load_processor(spec, folder, tokenizer=tokenizer, processor_kwargs=processor_kwargs),
+        template_kwargs,
+        system=default_system,
+        max_length=max_length,
+        truncation_strategy=truncation_strategy,
     )
 
 
@@ -253,7 +263,7 @@ def _prepare(
     messages: Sequence[Message | Mapping[str, Any]],
     generation_config: GenerationConfig | None,
     overrides: dict[str, Any],
-) -> tuple[PtEngine, Request]:
+) -> tuple[Engine, Request]:
     known = {field.name for field in fields(Sampling)}
     _note_unneeded("inference", {name: value for name, value in overrides.items() if name not in known})
     overrides = {name: value for name, value in overrides.items() if name in known}
@@ -263,7 +273,7 @@ def _prepare(
     return _engine(model, template), request_from(template, messages, sampling)
 
 
-def _engine(model: PreTrainedModel, template: Template) -> PtEngine:
+def _engine(model: PreTrainedModel, template: Template) -> Engine:
     """Return the model's engine, whose KV and feature caches live from call to call.
 
     A new one is made when the weights are other ones: moved, cast, or trained since.
@@ -273,7 +283,7 @@ def _engine(model: PreTrainedModel, template: Template) -> PtEngine:
     known, engine = _engines.get(model, (None, None))
     if engine is None or known != state:
         # A proxy: the table must not keep the model alive through its own value.
-        engine = PtEngine(weakref.proxy(model), template.tokenizer)
+        engine = create_engine(weakref.proxy(model), template.tokenizer)
         _engines[model] = state, engine
     return engine
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,12 +18,13 @@ from mmtool.hub import resolve_folder
 from mmtool.models.common.folders import read_json
 from mmtool.registry import MODELS, detect_model_type, get_model_spec
 from mmtool.spec import ModelSpec
-from mmtool.utils import collection_paused, import_object, resolve_dtype
+from mmtool.utils import collection_paused, did_you_mean, import_object, resolve_dtype
 
 if TYPE_CHECKING:
     from mmtool.template.base import Template
 
 DEFAULT_MODEL_TYPE = "tiny"
+_PROCESSOR_PARTS = ("image_processor", "feature_extractor")
 
 
 def open_folder(
@@ -44,9 +47,20 @@ def open_folder(
     folder = resolve_folder(wanted, model_id_or_path, hub=hub)
     config = read_json(folder / "config.json")
     if wanted is None:
-        return MODELS[detect_model_type(config, folder)], folder
-    _check_family(wanted, config, folder)
+        wanted = MODELS[detect_model_type(config, folder)]
+    else:
+        _check_family(wanted, config, folder)
+    if wanted.refine is not None:
+        wanted = import_object(wanted.refine)(wanted, folder)
     return wanted, folder
+
+
+def fit_layout(spec: ModelSpec, model: Any) -> ModelSpec:
+    """Return ``spec`` with the parts and LoRA targets of ``model``, where they are not the same for all of its type."""
+    if spec.layout is None:
+        return spec
+    parts, lora_target_modules = import_object(spec.layout)(model)
+    return dataclasses.replace(spec, parts=parts, lora_target_modules=lora_target_modules)
 
 
 def _check_family(wanted: ModelSpec, config: Mapping[str, Any], folder: Path) -> None:
@@ -59,21 +73,58 @@ def _check_family(wanted: ModelSpec, config: Mapping[str, Any], folder: Path) ->
             f"Give the folder of a {wanted.model_type} model.",
         ) from error
     if MODELS[found].family != wanted.family:
+        named = f"a {found} model"
+        if MODELS[found].refine is not None:  # a type for all that no family claims
+            named = f"a {config['model_type']!r} model of transformers (model type {found})"
         raise CheckpointError(
-            f"--model_type {wanted.model_type}, but {folder} holds a {found} model",
+            f"--model_type {wanted.model_type}, but {folder} holds {named}",
             f"Pass --model_type {found}, or leave it out.",
         )
 
 
-def load_processor(spec: ModelSpec, folder: Path, *, tokenizer: Any = None) -> Any:
-    """Return the processor of a folder: ``tokenizer`` (read if None) and what prepares media."""
+def load_processor(
+    spec: ModelSpec, folder: Path, *, tokenizer: Any = None, processor_kwargs: Mapping[str, Any] | None = None
+) -> Any:
+    """Return the processor of a folder: ``tokenizer`` (read if None) and what prepares media.
+
+    ``processor_kwargs`` are settings of its parts that win over the folder's, such as ``{"max_slice_nums": 4}``.
+    """
+    settings = dict(processor_kwargs or {})
     with collection_paused():
-        return import_object(spec.processor_class).from_pretrained(folder, tokenizer=tokenizer)
+        processor_class = import_object(spec.processor_class)
+        if settings:
+            processor = processor_class.from_pretrained(folder, tokenizer=tokenizer)
+            parts = [getattr(processor, name) for name in _PROCESSOR_PARTS if hasattr(processor, name)]
+            for name in settings:
+                if not any(hasattr(part, name) for part in parts):
+                    raise MMToolError(f"--processor_kwargs: {spec.model_type} has no setting {name!r}")
+        return processor_class.from_pretrained(folder, tokenizer=tokenizer, **settings)
 
 
-def get_template(spec: ModelSpec, processor: Any, **settings: Any) -> Template:
-    """Return the chat format of ``spec`` for ``processor``; ``settings`` as in ``Template``."""
-    return import_object(spec.template_class)(processor, **settings)
+def get_template(
+    spec: ModelSpec, processor: Any, template_kwargs: Mapping[str, Any] | None = None, **settings: Any
+) -> Template:
+    """Return the chat format of ``spec`` for ``processor``; ``settings`` as in ``Template``.
+
+    ``template_kwargs`` are settings that only this template has, such as ``{"image_position": "auto"}``.
+    """
+    template_class = import_object(spec.template_class)
+    for name in template_kwargs or {}:
+        known = {key for each in template_class.__mro__ for key in _keywords(each)}
+        if name not in known:
+            raise MMToolError(
+                f"--template_kwargs: the template {spec.template_type} has no setting {name!r}",
+                did_you_mean(name, known),
+            )
+    return template_class(processor, **settings, **(template_kwargs or {}))
+
+
+def _keywords(template_class: type) -> list[str]:
+    """Return the names of the keyword-only arguments that a class itself declares."""
+    if "__init__" not in vars(template_class) or template_class is object:
+        return []
+    parameters = inspect.signature(template_class).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
 def load_model(

@@ -152,8 +152,9 @@ def _as(value: Any, kind: type) -> Any:
 
 
 def _choice(value: Any, choices: tuple[str, ...], where: str) -> str:
+    text = str(value) if isinstance(value, bool | int) else value  # YAML reads true and 4 as other types
     for choice in choices:
-        if isinstance(value, str) and value.lower() == choice.lower():
+        if isinstance(text, str) and text.lower() == choice.lower():
             return choice
     listed = ", ".join(choices)
     hint = did_you_mean(str(value), choices, f"Choose from {listed}.")

@@ -7,12 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from mmtool.errors import CheckpointError, MMToolError
+from mmtool.models.fm9g import spec as fm9g
+from mmtool.models.fm9g4b_v import spec as fm9g4b_v
+from mmtool.models.generic import spec as generic
+from mmtool.models.internlm_xcomposer2 import spec as internlm_xcomposer2
+from mmtool.models.megrez import spec as megrez
 from mmtool.models.tiny import spec as tiny
 from mmtool.models.yi_vl import spec as yi_vl
 from mmtool.spec import ModelSpec
 from mmtool.utils import did_you_mean, suggest
 
-_FAMILIES = (tiny, yi_vl)
+# The order counts: a folder is of the first type that it matches, and `generic` takes what no family claims.
+_FAMILIES = (tiny, yi_vl, internlm_xcomposer2, fm9g, fm9g4b_v, megrez, generic)
 
 MODELS: dict[str, ModelSpec] = {spec.model_type: spec for family in _FAMILIES for spec in family.SPECS}
 TEMPLATES: dict[str, str] = {spec.template_type: spec.template_class for spec in MODELS.values()}

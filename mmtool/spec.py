@@ -20,7 +20,9 @@ class AutoClasses:
         base_model_class: the network without a head, for ``AutoModel``.
         model_class: the network with its head, for the Auto classes named in ``heads``.
         heads: ``AutoModelForImageTextToText``, ``AutoModelForCausalLM``, ...
-        processor_class: for ``AutoProcessor``; ``image_processor_class`` and ``tokenizer_class`` for theirs.
+        tokenizer_class: for ``AutoTokenizer``.
+        processor_class: for ``AutoProcessor``; ``image_processor_class`` and ``feature_extractor_class`` for theirs,
+            None where the family has no such thing.
     """
 
     model_types: Mapping[str, Callable[[Mapping[str, Any]], bool]]
@@ -28,9 +30,10 @@ class AutoClasses:
     base_model_class: str
     model_class: str
     heads: tuple[str, ...]
-    processor_class: str
-    image_processor_class: str
     tokenizer_class: str
+    processor_class: str | None = None
+    image_processor_class: str | None = None
+    feature_extractor_class: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,10 @@ class ModelSpec:
             registry order wins.
         parts: module name prefixes by part (``llm``, ``vision_encoder``, ``vision_proj``), to freeze or to target.
         lora_target_modules: regular expression on module names, the default LoRA targets.
+        refine: import path of a function ``(spec, folder) -> spec``, for a type whose folders differ in what they can;
+            None for the others.
+        layout: import path of a function ``model -> (parts, lora_target_modules)``, for a type whose models differ in
+            their modules; None for the others.
         auto: what transformers' Auto classes learn; types that share classes share the object, None adds nothing.
         embedded: folder with the weights inside the family's package folder, for a model that needs no download.
         description: one line for the model list.
@@ -69,6 +76,8 @@ class ModelSpec:
     matches: Callable[[Mapping[str, Any]], bool] = field(repr=False)
     parts: Mapping[str, tuple[str, ...]] = field(repr=False)
     lora_target_modules: str = field(repr=False)
+    refine: str | None = field(default=None, repr=False)
+    layout: str | None = field(default=None, repr=False)
     auto: AutoClasses | None = field(default=None, repr=False)
     embedded: str | None = None
     description: str = ""

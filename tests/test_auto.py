@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 # deepspeed, where it is installed, writes to stdout as soon as a model is saved: what is said here is marked.
 SAY = """
 def say(*words):
@@ -63,3 +65,13 @@ def test_auto_classes_load_ours_and_theirs(golden: Callable[[str], Path], tmp_pa
 def test_the_order_of_the_imports_does_not_matter(golden: Callable[[str], Path]) -> None:
     script = TRANSFORMERS + MMTOOL + OURS
     assert run(script, golden("yi-vl") / "checkpoint") == ["YiVLForConditionalGeneration YiVLProcessor"]
+
+
+@pytest.mark.parametrize(
+    ("family", "processor"), [("fm9g4b-v", "FM9GVProcessor"), ("megrez-3b-omni", "MegrezOProcessor")]
+)
+def test_processors_named_in_the_files_of_a_folder_are_ours(
+    family: str, processor: str, golden: Callable[[str], Path]
+) -> None:
+    first = "\nfrom transformers import AutoProcessor\nsay(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)\n"
+    assert run(MMTOOL + first, golden(family) / "checkpoint") == [processor]

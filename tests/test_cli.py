@@ -16,6 +16,7 @@ from mmtool import __version__, cli
 from mmtool.args import COMMANDS, InferArgs
 from mmtool.errors import MMToolError
 from mmtool.options import options_of
+from mmtool.registry import MODELS
 
 HEAVY = ("torch", "transformers", "numpy", "PIL", "pydantic", "requests", "huggingface_hub")
 
@@ -84,7 +85,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "error", "hint"),
     [
         (["infr"], "unknown command 'infr'", "Did you mean infer?"),
-        (["sft"], "unknown command 'sft'", "`mmtool --help` lists the commands."),
+        (["train"], "unknown command 'train'", "`mmtool --help` lists the commands."),
         (["--verison"], "unknown option --verison", "Did you mean --version?"),
         (["--model_type", "tiny"], "unknown option --model_type", "mmtool infer --name value"),
         (["infer", "--modle_type", "x"], "unknown option --modle_type", "Did you mean --model_type?"),
@@ -200,7 +201,7 @@ def test_list_prints_one_line_per_model(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["list", "models"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
     assert head.split()[0] == "model_type"
-    assert [row.split()[0] for row in rows] == ["tiny", "yi-vl-6b-chat", "yi-vl-34b-chat"]
+    assert [row.split()[0] for row in rows] == list(MODELS)
 
 
 @pytest.mark.parametrize(("table", "key"), [("models", "model_type"), ("templates", "template_type")])
@@ -210,11 +211,14 @@ def test_list_as_json(table: str, key: str, capsys: pytest.CaptureFixture[str]) 
     assert "tiny" in [row[key] for row in rows]
 
 
-def test_list_datasets_says_that_files_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_datasets_says_where_they_are_and_that_files_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["list", "datasets"]) == 0
-    assert "--val_dataset takes the path of any" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--val_dataset also take the path of any" in out
+    assert "tiny-shapes     in the package" in out
     assert cli.main(["list", "datasets", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == []
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["coco-en-mini"]["ms"] == "modelscope/coco_2014_caption"
 
 
 def test_the_console_script_is_there() -> None:

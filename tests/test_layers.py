@@ -14,27 +14,44 @@ PACKAGE = Path(mmtool.__file__).parent
 # Imports only go up this list; files of one folder may import each other.
 LAYERS = [
     *("errors", "log", "utils", "spec", "options", "args", "messages", "download", "media", "template", "models"),
-    *("registry", "hub", "loader", "auto", "data", "engine", "infer", "llm", "listing", "cli"),
+    *("registry", "hub", "loader", "auto", "finetuned", "data", "engine", "infer", "sft", "llm", "listing", "cli"),
 ]
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "peft", "accelerate", "safetensors", "sentencepiece", "requests"}
 
 # transformers cannot be there without these.
-WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers"}
+WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers", "jinja2"}
 
 # Loaded for `--help`, or to read the registry: nothing heavy, directly or through what they import.
 LIGHT = ["", "errors", "log", "utils", "spec", "options", "args", "messages", "registry", "hub", "listing", "cli"]
-LIGHT += ["data.registry", "__main__"]
+LIGHT += ["data.registry", "__main__", "finetuned", "sft.launch", "sft.places"]
 
 # Imports inside functions, by module: package -> why it is late. Command bodies in `cli` may import mmtool late.
 LATE_IMPORTS: dict[str, dict[str, str]] = {
     "utils": {"torch": "light module", "numpy": "light module"},
+    "media": {"soundfile": "optional: sounds only"},
     "options": {"yaml": "only with --config"},
     "data.dataset": {"pyarrow": "optional: parquet files only"},
+    "data.fetch": {
+        "datasets": "comes with modelscope[datasets]",
+        "huggingface_hub": "only for a download",
+        "modelscope": "optional package",
+        "requests": "only for a download",
+    },
     "template.show": {"rich": "only for those who look"},
     "infer.answer": {"rich": "only with --show_prompt"},
     "infer.progress": {"rich": "only for a dataset on a terminal"},
     "models.common.folders": {"huggingface_hub": "only for an id"},
+    "finetuned": {"peft": "only for an adapter"},
+    "sft.launch": {
+        "mmtool": "a process that only starts others needs no torch",
+        "torch": "only where processes are started",
+        "yaml": "only where processes are started",
+    },
+    "sft.main": {"rich": "only with --show_prompt"},
+    "sft.network": {"liger_kernel": "optional package"},
+    "sft.progress": {"rich": "only on a terminal"},
+    "sft.settings": {"deepspeed": "optional package"},
     "hub": {
         "huggingface_hub": "only for a download",
         "modelscope": "optional package",
@@ -164,7 +181,18 @@ def test_inner_packages_hold_a_docstring_only(name: str) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_third_party_packages_are_declared(name: str) -> None:
     declared = {"yaml", "typer", "rich", "mmtool"} | HEAVY | WITH_TRANSFORMERS
-    optional = {"modelscope", "modelscope_hub", "vllm", "deepspeed", "bitsandbytes", "pyarrow", "urllib3"}
+    optional = {
+        "modelscope",
+        "modelscope_hub",
+        "vllm",
+        "deepspeed",
+        "bitsandbytes",
+        "liger_kernel",
+        "pyarrow",
+        "datasets",
+        "urllib3",
+        "soundfile",
+    }
     for imported in IMPORTS[name]:
         known = declared | (optional if imported.late or imported.typing else set())
         assert imported.package in known | sys.stdlib_module_names, f"{name}:{imported.line} imports {imported.target}"

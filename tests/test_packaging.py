@@ -46,11 +46,13 @@ def test_what_is_tested_is_inside_the_allowed_ranges() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = {r.name: next(iter(r.specifier)).version for r in map(Requirement, lines[1:])}
     tested = PROJECT["optional-dependencies"]
-    for line in PROJECT["dependencies"] + tested["dev"] + tested["serve"] + tested["deepspeed"]:
+    for line in PROJECT["dependencies"] + tested["dev"] + tested["serve"] + tested["deepspeed"] + tested["audio"]:
         wanted = Requirement(line)
         assert wanted.specifier.contains(pins[wanted.name.replace("pyyaml", "PyYAML")]), line
 
 
-def test_the_embedded_checkpoint_is_package_data() -> None:
+def test_the_embedded_checkpoint_and_dataset_are_package_data() -> None:
     data = tomllib.loads(TEXT)["tool"]["setuptools"]["package-data"]
-    assert data == {"mmtool.models.tiny": ["checkpoint/**"]}
+    assert data == {"mmtool.models.tiny": ["checkpoint/**"], "mmtool.data": ["embedded/**"]}
+    embedded = ROOT / "mmtool" / "data" / "embedded"
+    assert sum(file.stat().st_size for file in embedded.rglob("*") if file.is_file()) < 1_000_000

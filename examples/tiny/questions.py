@@ -787,7 +787,7 @@ def add_up(rng: random.Random, scene: Scene, lang: str) -> Turn | None:
             return None
         return Turn(question, "There is no sum in the picture." if lang == "en" else "图片里没有算式。", "no_sum")
     a, b = scene.numbers
-    if rng.random() < 0.03:
+    if rng.random() < 0.15:
         return Turn(one_word(rng, lang, question, "number"), str(a + b), "sum_short", str(a + b))
     answer = f"{a} + {b} = {a + b}"
     return Turn(question, answer, "sum", answer)
@@ -976,14 +976,14 @@ Maker = Callable[[random.Random, Scene, str], Turn | None]
 MAKERS: dict[str, tuple[tuple[Maker, float], ...]] = {
     "shapes": (
         (describe, 4.5),
-        (count_all, 3),
+        (count_all, 3.5),
         (count_some, 3),
-        (colour_of, 5),
+        (colour_of, 4),
         (shape_of, 3),
-        (position_of, 3.5),
-        (at_position, 1.2),
-        (relation, 2.2),
-        (exists, 2.5),
+        (position_of, 4),
+        (at_position, 1.8),
+        (relation, 3),
+        (exists, 2),
         (list_colours, 1),
         (read, 0.3),
         (add_up, 0.1),

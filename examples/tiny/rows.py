@@ -28,7 +28,7 @@ class Mix:
     text_length: int = 44
     easy_steps: int = 1500  # until this step ever fewer pictures are easy: one shape, or one or two digits
     text_kinds: dict[str, float] = field(
-        default_factory=lambda: {"sum": 0.26, "digits": 0.2, "word": 0.16, "shapes": 0.38}
+        default_factory=lambda: {"sum": 0.26, "digits": 0.18, "word": 0.2, "shapes": 0.36}
     )
 
 

@@ -6,6 +6,7 @@ A bad record is handed out as a ``DataError`` in its place, so that the caller c
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 from collections import Counter
@@ -30,17 +31,19 @@ _log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A data file, and whether its records count by line."""
+class Source:
+    """A data file, whether its records count by line, and another name for messages where its own is not enough."""
 
     path: Path
     by_line: bool
+    label: str | None = None
 
     def place(self, number: int) -> str:
         """Return the name of record ``number``, of the file for 0."""
+        name = self.label or self.path.name
         if number == 0:
-            return self.path.name
-        return f"{self.path.name}:{number}" if self.by_line else f"{self.path.name}: record {number}"
+            return name
+        return f"{name}:{number}" if self.by_line else f"{name}: record {number}"
 
     def error(self, number: int, reason: str, hint: str | None = None) -> DataError:
         """Return the error of record ``number``."""
@@ -89,14 +92,14 @@ def read_conversations(
         conversation = row_to_messages(
             row, check.format_of(row), base_dir=source.path.parent, media_root=media_root, media_style=media_style
         )
-        _check_purpose(conversation, purpose)
+        check_purpose(conversation, purpose)
         return conversation
 
     return _read_each(source, _check_columns(source, rows, columns or {}), read)
 
 
 def _read_each(
-    source: _Source, rows: Rows, read: Callable[[Row], Conversation]
+    source: Source, rows: Rows, read: Callable[[Row], Conversation]
 ) -> Iterator[tuple[int, Conversation | DataError]]:
     for number, row in rows:
         if isinstance(row, DataError):
@@ -110,7 +113,7 @@ def _read_each(
             yield number, conversation
 
 
-def _check_columns(source: _Source, rows: Rows, columns: Mapping[str, str]) -> Rows:
+def _check_columns(source: Source, rows: Rows, columns: Mapping[str, str]) -> Rows:
     """Hand on ``rows``; warn where the first one lacks a key that ``--columns`` renames."""
     checked = False
     for number, row in rows:
@@ -121,7 +124,8 @@ def _check_columns(source: _Source, rows: Rows, columns: Mapping[str, str]) -> R
         yield number, row
 
 
-def _check_purpose(conversation: Conversation, purpose: str) -> None:
+def check_purpose(conversation: Conversation, purpose: str) -> None:
+    """Raise DataError for a record without a question to ask (``infer``), or an answer to learn (``train``)."""
     learned = [message for message in conversation.messages if message.role == "assistant" and message.train]
     if purpose == "train" and (conversation.label is None or not learned):
         raise DataError("the record has no answer to learn", "Records with a question only are for `mmtool infer`.")
@@ -146,7 +150,17 @@ def read_rows(path: str | Path) -> Rows:
     return _open_rows(Path(path))[1]
 
 
-def _open_rows(path: Path) -> tuple[_Source, Rows]:
+def _open_rows(path: Path) -> tuple[Source, Rows]:
+    source, read = open_source(path)
+    return source, _check_filled(source, read(source))
+
+
+def open_source(path: Path) -> tuple[Source, Callable[[Source], Rows]]:
+    """Return a data file and the reader of its kind.
+
+    Raises:
+        DataError: for a file that is missing, empty, or of no known kind.
+    """
     read = SUFFIXES.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: unknown kind of data file {path.suffix!r}", f"Use one of {', '.join(SUFFIXES)}.")
@@ -156,8 +170,7 @@ def _open_rows(path: Path) -> tuple[_Source, Rows]:
         raise DataError(f"{path}: the file is empty")
     if read is _read_array and _starts_with_object(path):
         read = _read_json_lines
-    source = _Source(path, by_line=read in (_read_jsonl, _read_json_lines, _read_csv))
-    return source, _check_filled(source, read(source))
+    return Source(path, by_line=read in (_read_jsonl, _read_json_lines, _read_csv)), read
 
 
 def _starts_with_object(path: Path) -> bool:
@@ -165,7 +178,7 @@ def _starts_with_object(path: Path) -> bool:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
 
 
-def _check_filled(source: _Source, rows: Rows) -> Rows:
+def _check_filled(source: Source, rows: Rows) -> Rows:
     number = 0
     for number, row in rows:
         yield number, row
@@ -173,17 +186,18 @@ def _check_filled(source: _Source, rows: Rows) -> Rows:
         raise DataError(f"{source.path}: the file has no records")
 
 
-def _read_jsonl(source: _Source) -> Rows:
+def _read_jsonl(source: Source) -> Rows:
     with source.path.open("rb") as file:  # bytes: a line with a wrong encoding must not end the iteration
         for number, line in enumerate(file, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
-                yield number, _parse_line(source, number, line.rstrip(b"\r\n"))
+                yield number, parse_line(source, number, line.rstrip(b"\r\n"))
 
 
-def _parse_line(source: _Source, number: int, line: bytes) -> Row | DataError:
+def parse_line(source: Source, number: int, line: bytes) -> Row | DataError:
+    """Return the object that the bytes of one line or array element hold."""
     try:
-        return _check_object(source, number, json.loads(line.decode("utf-8")))
+        return check_object(source, number, json.loads(line.decode("utf-8")))
     except UnicodeDecodeError as error:
         return source.error(number, f"is not UTF-8 (byte {error.start + 1} of the line)", "Save the file as UTF-8.")
     except json.JSONDecodeError as error:
@@ -192,14 +206,15 @@ def _parse_line(source: _Source, number: int, line: bytes) -> Row | DataError:
         return source.error(number, f"is not JSON that can be read: {error}")
 
 
-def _check_object(source: _Source, number: int, value: Any) -> Row | DataError:
+def check_object(source: Source, number: int, value: Any) -> Row | DataError:
+    """Return ``value``, or the error of a record that is no object."""
     if isinstance(value, dict):
         return value
     hint = "A file that holds one array is named .json." if isinstance(value, list) else None
     return source.error(number, f"expected an object, got {type(value).__name__}", hint)
 
 
-def _read_json_lines(source: _Source) -> Rows:
+def _read_json_lines(source: Source) -> Rows:
     """Read a .json file that holds an object per line."""
     rows = _read_jsonl(source)
     first = next(rows, None)
@@ -208,16 +223,31 @@ def _read_json_lines(source: _Source) -> Rows:
     yield from chain([first] if first else [], rows)
 
 
-def _read_array(source: _Source) -> Rows:
+def _read_array(source: Source) -> Rows:
+    for number, value, _, _ in scan_array(source):
+        yield number, check_object(source, number, value)
+
+
+def scan_array(source: Source) -> Iterator[tuple[int, Any, int, int]]:
+    """Give every value of an array with its number, the byte it starts at, and how many bytes it takes.
+
+    Raises:
+        DataError: while iterating, at a place behind which nothing can be read.
+    """
     number = 0
-    with source.path.open(encoding="utf-8-sig") as file:
-        array = _ArrayText(file)
+    with source.path.open("rb") as raw:
+        marked = 3 * raw.read(3).startswith(b"\xef\xbb\xbf")
+    with source.path.open(encoding="utf-8-sig", newline="") as file:  # newline: bytes must be countable
+        array = _ArrayText(file, marked)
         try:
             array.expect("[")
             more = array.peek() != "]"
             while more:
                 number += 1
-                yield number, _check_object(source, number, array.read_value())
+                array.peek()
+                start = array.tell()
+                value = array.read_value()
+                yield number, value, start, array.tell() - start
                 more = array.peek() == ","
                 if more:
                     array.expect(",")
@@ -235,13 +265,21 @@ def _read_array(source: _Source) -> Rows:
 class _ArrayText:
     """The text of a JSON array, of which only the piece that is being parsed is in memory."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO, start: int = 0) -> None:
         self._file = file
         self._text = ""
         self._at = 0
+        self._counted = 0  # up to here in _text, the file has _bytes bytes
+        self._bytes = start
         self._line = 1  # of the first character in _text
         self._column = 1
         self._decoder = json.JSONDecoder()
+
+    def tell(self) -> int:
+        """Return how many bytes of the file stand before the next character."""
+        self._bytes += len(self._text[self._counted : self._at].encode())
+        self._counted = self._at
+        return self._bytes
 
     def peek(self) -> str:
         """Return the next character that is not blank, "" at the end."""
@@ -284,62 +322,109 @@ class _ArrayText:
         if not more:
             return False
         self._line, self._column = self.locate(self._at)
-        self._text, self._at = self._text[self._at :] + more, 0
+        self.tell()
+        self._text, self._at, self._counted = self._text[self._at :] + more, 0, 0
         return True
 
 
-def _read_csv(source: _Source) -> Rows:
+def _read_csv(source: Source) -> Rows:
+    header: list[str] = []
+    for number, cells, _, _ in scan_csv(source):
+        if header:
+            yield number, csv_row(source, number, cells, header)
+        else:
+            header = csv_header(source, number, cells)
+
+
+def scan_csv(source: Source) -> Iterator[tuple[int, list[str] | DataError, int, int]]:
+    """Give every record that is not blank, the header first, with its line, its first byte and how many it takes."""
     # The limit is one of the process: 128 KiB by default, less than a picture in a data URI.
     csv.field_size_limit(2**31 - 1)
+    with source.path.open("rb") as raw:
+        marked = 3 * raw.read(3).startswith(b"\xef\xbb\xbf")
     with source.path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        header: list[str] | None = None
-        for number, cells in _read_cells(source, csv.reader(file, strict=True)):
-            if isinstance(cells, DataError):
-                if header is None:
-                    raise cells
-                yield number, cells
-            elif header is None:
-                header = _check_header(source, number, cells)
-            elif len(cells) != len(header):
-                yield number, source.error(number, f"has {count(len(cells), 'cell')}, the header has {len(header)}")
-            else:
-                yield number, {key: cell or None for key, cell in zip(header, cells, strict=True)}
+        lines = _CountedLines(file, marked)
+        reader = csv.reader(lines, strict=True)
+        while True:
+            number, start = reader.line_num + 1, lines.byte
+            try:
+                cells = _next_cells(source, number, reader)
+            except StopIteration:
+                return
+            if isinstance(cells, DataError) or any(cell.strip() for cell in cells):
+                yield number, cells, start, lines.byte - start
 
 
-def _read_cells(source: _Source, reader: Any) -> Iterator[tuple[int, list[str] | DataError]]:
-    while True:
-        number = reader.line_num + 1
-        try:
-            cells = next(reader)
-            "".join(cells).encode("utf-8")
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield number, source.error(number, f"is not csv: {error}")
-        except UnicodeEncodeError:
-            yield number, source.error(number, "is not UTF-8", "Save the file as UTF-8.")
-        else:
-            if any(cell.strip() for cell in cells):
-                yield number, cells
+def parse_csv(source: Source, number: int, record: bytes, header: list[str]) -> Row | DataError:
+    """Return the row that the bytes of one csv record hold."""
+    csv.field_size_limit(2**31 - 1)
+    lines = io.StringIO(record.decode("utf-8", "surrogateescape"), newline="")
+    return csv_row(source, number, _next_cells(source, number, csv.reader(lines, strict=True)), header)
 
 
-def _check_header(source: _Source, number: int, header: list[str]) -> list[str]:
+class _CountedLines:
+    """Lines of a text file; ``byte`` is where in the file the next one starts."""
+
+    def __init__(self, file: TextIO, start: int) -> None:
+        self._file = file
+        self.byte = start
+
+    def __iter__(self) -> _CountedLines:
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._file)
+        self.byte += len(line) if line.isascii() else len(line.encode("utf-8", "surrogateescape"))
+        return line
+
+
+def _next_cells(source: Source, number: int, reader: Any) -> list[str] | DataError:
+    try:
+        cells = next(reader)
+        "".join(cells).encode("utf-8")
+    except csv.Error as error:
+        return source.error(number, f"is not csv: {error}")
+    except UnicodeEncodeError:
+        return source.error(number, "is not UTF-8", "Save the file as UTF-8.")
+    return cells
+
+
+def csv_row(source: Source, number: int, cells: list[str] | DataError, header: list[str]) -> Row | DataError:
+    """Return the row of a csv record; an empty cell is null."""
+    if isinstance(cells, DataError):
+        return cells
+    if len(cells) != len(header):
+        return source.error(number, f"has {count(len(cells), 'cell')}, the header has {len(header)}")
+    return {key: cell or None for key, cell in zip(header, cells, strict=True)}
+
+
+def csv_header(source: Source, number: int, header: list[str] | DataError) -> list[str]:
+    """Return the first record of a csv file as names.
+
+    Raises:
+        DataError: where it cannot be read, or has a name twice.
+    """
+    if isinstance(header, DataError):
+        raise header
     twice = [name for name, times in Counter(header).items() if times > 1]
     if twice:
         raise source.error(number, f"the header has {twice[0]!r} twice")
     return header
 
 
-def _read_parquet(source: _Source) -> Rows:
+def _read_parquet(source: Source) -> Rows:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise DataError(f"{source.path}: reading parquet needs pyarrow", "Install it: pip install pyarrow") from None
+        raise DataError(
+            f"{source.path}: reading parquet needs pyarrow", "Install it: pip install 'mmtool[parquet]'"
+        ) from None
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
-            for batch in file.iter_batches(batch_size=64):  # rows may hold pictures
+        # buffer_size: a row group may be as large as the file, and is then not read in one piece
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20) as file:
+            for batch in file.iter_batches(batch_size=64, use_threads=False):  # rows may hold pictures
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
@@ -347,7 +432,7 @@ def _read_parquet(source: _Source) -> Rows:
         raise source.error(number + 1, f"is no readable parquet: {error}") from None
 
 
-SUFFIXES: Mapping[str, Callable[[_Source], Rows]] = {
+SUFFIXES: Mapping[str, Callable[[Source], Rows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_array,
     ".csv": _read_csv,

@@ -27,7 +27,7 @@ class Sampling:
         temperature: divides the logits; 0 means the same as ``do_sample=False``.
         top_p: draw only from the likeliest tokens that together hold this probability.
         top_k: draw only from this many likeliest tokens; 0 for all.
-        repetition_penalty: above 1 makes tokens of the prompt and of the answer so far less likely.
+        repetition_penalty: above 1 makes tokens of the answer so far, and of most families' prompts, less likely.
         seed: makes the draws of this request repeatable, whatever else runs beside it. None takes a seed from
             torch's global generator.
         stop: texts that end the answer, beside those of the template.
@@ -85,12 +85,15 @@ class Request:
     """A prompt to continue.
 
     Attributes:
-        input_ids: the prompt; a medium takes as many placeholder ids as it has positions.
+        input_ids: the prompt; a medium takes as many ids as it has positions.
         media: what stands at those positions, in order.
         sampling: how tokens are chosen.
         stop_words: texts that end the answer and are not part of it, matched across token borders.
         stop_token_ids: ids that end the answer.
         strip: cut whitespace at both ends of the answer.
+        skip_special_tokens: leave special tokens out of the text.
+        hidden_token_ids: ids to decode the answer without.
+        penalize_prompt: the repetition penalty sees the prompt, too.
         id: anything the caller wants to find again in the deltas.
     """
 
@@ -100,6 +103,9 @@ class Request:
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     strip: bool = True
+    skip_special_tokens: bool = True
+    hidden_token_ids: tuple[int, ...] = ()
+    penalize_prompt: bool = True
     id: object = None
 
 
@@ -243,5 +249,8 @@ def request_from(
         stop_words=tuple(dict.fromkeys((*template.stop_words, *sampling.stop))),
         stop_token_ids=template.stop_token_ids,
         strip=template.strip_answer,
+        skip_special_tokens=template.skip_special_tokens,
+        hidden_token_ids=template.hidden_token_ids,
+        penalize_prompt=template.penalize_prompt,
         id=id,
     )

@@ -24,14 +24,16 @@ def create_engine(
     Args:
         model: as ``load_model`` returns it.
         processor: its processor, or a tokenizer.
-        backend: ``pt``, the engine on plain torch; ``AUTO`` is the same.
+        backend: ``pt``, the engines on plain torch; ``AUTO`` is the same. A model that ``PtEngine`` cannot run as its
+            own ``forward`` would (a sliding window, features in several layers) gets a ``GenericEngine``.
         max_batch_size: most requests at once.
         max_model_len: most positions of prompt and answer; the model's own limit by default.
     """
     if backend not in BACKENDS:
         raise MMToolError(f"unknown infer_backend {backend!r}", did_you_mean(backend, BACKENDS))
-    engine_class = import_object("mmtool.engine.pt:PtEngine")  # needs torch and transformers
-    return engine_class(
+    fits_pt = import_object("mmtool.engine.fit:fits_pt")  # needs torch and transformers
+    path = "mmtool.engine.pt:PtEngine" if fits_pt(model) else "mmtool.engine.generic:GenericEngine"
+    return import_object(path)(
         model,
         getattr(processor, "tokenizer", processor),
         max_batch_size=max_batch_size,

@@ -63,7 +63,7 @@ def compute_features(model: Any, items: Sequence[MediaInput], device: torch.devi
     """Run the tower of one kind of media over ``items`` in one call.
 
     Returns:
-        One ``(tokens, hidden)`` tensor per item.
+        One ``(rows, hidden)`` tensor per item, a row for each position that holds a feature.
 
     Raises:
         MMToolError: when the model has no such tower, or gives another number of positions than the prompt has.
@@ -77,11 +77,13 @@ def compute_features(model: Any, items: Sequence[MediaInput], device: torch.devi
     for field in items[0].inputs:
         tensor = torch.cat([item.inputs[field] for item in items]).to(device)
         inputs[field] = tensor.to(model.dtype) if tensor.is_floating_point() else tensor
-    features = list(tower(**inputs).pooler_output)
-    lengths = [len(rows) for rows in features]
-    if lengths != [item.length for item in items]:
+    features = [rows.reshape(-1, rows.shape[-1]) for rows in tower(**inputs).pooler_output]
+    if len(items) == 1:  # some give a tensor per tile
+        features = [torch.cat(features)]
+    lengths, wanted = [len(rows) for rows in features], [item.num_features for item in items]
+    if lengths != wanted:
         raise MMToolError(
-            f"{name} gave {lengths} positions for {kind} input, the prompt has {[item.length for item in items]}",
+            f"{name} gave {lengths} positions for {kind} input, the prompt has {wanted}",
             "The processor and the weights do not belong together.",
         )
     # A copy of its own per item: a view would keep the features of the whole batch alive.

@@ -6,22 +6,23 @@ tokens, ``text`` makes text of them. It has no thread of its own: ``generate`` d
 
 from __future__ import annotations
 
-import time
+from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from mmtool.engine.base import Delta, Engine, FinishReason, Request, Stats, Usage
 from mmtool.engine.features import FeatureCache, compute_features
 from mmtool.engine.llama_step import LlamaStep, Rows, step_for
-from mmtool.engine.sampling import Draw, Sampler
-from mmtool.engine.slots import CAPACITY_STEP, KVSlots, SlotCache, common_prefix, content_keys, write_index
-from mmtool.engine.text import Detokenizer, StopText
-from mmtool.errors import MMToolError, TooLongError
+from mmtool.engine.positions import Positions, rope_settings
+from mmtool.engine.sampling import Sampler
+from mmtool.engine.slots import CAPACITY_STEP, KVSlots, SlotCache, common_prefix, write_index
+from mmtool.engine.stepped import Run, SteppedEngine
+from mmtool.errors import MMToolError
 from mmtool.log import get_logger
+from mmtool.models.common.release import ReleaseModel
 
 if TYPE_CHECKING:
     from mmtool.template.base import MediaInput
@@ -39,62 +40,9 @@ class Slot:
         self.row = row
         self.tokens: list[int] = []  # content key of every position whose keys and values are valid
         self.written = 0  # positions that may be other than zero
+        self.stretched = False  # the keys are turned for this one length
         self.run: Run | None = None
         self.last_used = 0
-
-
-class Run:
-    """A request on its way: waiting, then in a slot until its prompt is computed, then answering."""
-
-    def __init__(self, request: Request, index: int, emit: Callable[[Delta], None], max_new_tokens: int) -> None:
-        self.request = request
-        self.index = index
-        self.emit = emit
-        self.max_new_tokens = max_new_tokens
-        self.prompt = content_keys(request.input_ids, request.media)
-        self.slot: Slot | None = None
-        self.features: dict[int, Tensor] = {}  # by the position where the medium starts
-        self.draw: Draw | None = None
-        self.token_ids: list[int] = []
-        self.cached_tokens = 0
-        self.num_features = 0
-        self.started = time.perf_counter()
-        self.first_token = 0.0
-        self.finished = False
-
-    def text_from(self, detokenizer: Detokenizer) -> None:
-        """Make text with ``detokenizer``."""
-        self.detokenizer = detokenizer
-        words = (*self.request.stop_words, *self.request.sampling.stop)
-        self.stop_text = StopText(tuple(dict.fromkeys(words)), self.request.strip)
-
-    def accept(self, token_id: int) -> tuple[str, FinishReason | None]:
-        """Add a sampled token; return the text that can be shown and whether this is the end."""
-        if not self.token_ids:
-            self.first_token = time.perf_counter()
-        self.token_ids.append(token_id)
-        stopped = token_id in self.request.stop_token_ids
-        text = "" if stopped else self.stop_text.push(self.detokenizer.push(token_id))
-        at_end = stopped or len(self.token_ids) >= self.max_new_tokens
-        if at_end and not self.stop_text.stopped:
-            text += self.stop_text.push(self.detokenizer.flush())
-        if at_end and not self.stop_text.stopped:
-            text += self.stop_text.flush()
-        if stopped or self.stop_text.stopped:
-            return text, "stop"
-        return text, "length" if at_end else None
-
-    def usage(self) -> Usage:
-        """Return what it took."""
-        now = time.perf_counter()
-        return Usage(
-            prompt_tokens=len(self.prompt),
-            completion_tokens=len(self.token_ids),
-            cached_tokens=self.cached_tokens,
-            image_features_computed=self.num_features,
-            time_to_first_token=self.first_token - self.started,
-            seconds=now - self.started,
-        )
 
 
 class Batch:
@@ -106,6 +54,10 @@ class Batch:
         self.ids = torch.tensor([run.token_ids[-1] for run in runs], device=device)
         self.positions = torch.tensor(positions, device=device)
         self.longest = max(positions)
+        self.shifts: Tensor | None = None  # (axes, B): position numbers are ahead of or behind the count of positions
+        if runs[0].positions is not None:
+            lengths = torch.tensor([len(run.prompt) for run in runs], device=device)
+            self.shifts = torch.stack([run.positions[:, -1] for run in runs], dim=1) + 1 - lengths
         self.sampler = Sampler([run.draw for run in runs], device)
         self.mask = self.index = None
         if min(positions) < self.longest:
@@ -118,6 +70,11 @@ class Batch:
         mask = None if self.mask is None else self.mask[:, None, None, : self.longest + 1]
         return Rows(self.ids, self.positions, self.longest, self.index, mask)
 
+    def numbers(self) -> Tensor:
+        """Return the position numbers of the tokens to feed, ``(B, 1)`` or ``(axes, B, 1)``."""
+        positions = self.positions if self.shifts is None else self.positions + self.shifts
+        return positions.unsqueeze(-1)
+
     def advance(self, ids: Tensor) -> None:
         """Go on by one position with the tokens just sampled."""
         self.ids = ids
@@ -128,7 +85,7 @@ class Batch:
             self.mask.scatter_(1, self.positions.unsqueeze(1), 0.0)
 
 
-class PtEngine(Engine):
+class PtEngine(SteppedEngine):
     """Continuous batching over KV slots, with reuse of prompts and media features seen before.
 
     A slot keeps what it holds after its request has ended, is cancelled or fails; the next request that begins the
@@ -157,101 +114,29 @@ class PtEngine(Engine):
         reuse_prefix: bool = True,
     ) -> None:
         config = model.config.get_text_config()
-        limit = config.max_position_embeddings
-        _check_attention(config, max_model_len or limit)
+        positions = Positions(model, model.get_decoder())
+        limit = positions.limit
+        check_attention(config, max_model_len or limit, positions.axes)
         if max_model_len is not None and not 1 < max_model_len <= limit:
             raise MMToolError(f"max_model_len must be from 2 to {limit} for this model, got {max_model_len}")
-        if max_batch_size < 1:
-            raise MMToolError(f"max_batch_size must be at least 1, got {max_batch_size}")
-        model.eval()
-        self.model = model  # may be a weak proxy: nothing else here holds the head object
-        self.tokenizer = tokenizer
-        self.max_batch_size = max_batch_size
-        self.max_model_len = max_model_len or limit
+        super().__init__(model, tokenizer, max_batch_size, max_model_len or limit)
         self.prefill_tokens = prefill_tokens
         self.reuse_prefix = reuse_prefix
         self.vocab_size = config.vocab_size
         self.decoder = model.get_decoder()
+        self.positions = positions
+        # Towers of ours treat each medium alone; of others that cannot be known, so they get one at a time.
+        self.tower_batch = TOWER_BATCH if isinstance(model, ReleaseModel) else 1
         self.embed = model.get_input_embeddings()
         self.device = self.embed.weight.device
-        self.stats = Stats()
         self.features = FeatureCache(feature_cache_bytes)
         self.kv = KVSlots(config.num_hidden_layers)
         self.slots: list[Slot] = []
         self._cache = SlotCache(self.kv)
-        self._waiting: deque[Run] = deque()
         self._filling: deque[Run] = deque()  # in a slot, prompt not computed to its end
         self._batch: Batch | None = None  # None: who answers has changed
         self._step: LlamaStep | None = None
         self._clock = 0
-
-    # What callers use
-
-    def check(self, request: Request) -> None:
-        """Raise MMToolError for a request that can never run."""
-        length = len(request.input_ids)
-        if length == 0:
-            raise MMToolError("the prompt is empty")
-        if length >= self.max_model_len:
-            raise TooLongError(
-                f"the prompt has {length} positions, but the model takes {self.max_model_len}, answer included",
-                "Shorten the question or start a new conversation.",
-                length=length,
-                limit=self.max_model_len,
-            )
-
-    def generate(self, requests: Iterable[Request], *, errors: Literal["raise", "yield"] = "raise") -> Iterator[Delta]:
-        """Continue every request; see ``Engine.generate``. Several of these iterators may be open at the same time."""
-        deltas: deque[Delta] = deque()
-        runs: list[Run] = []
-        source = enumerate(requests)
-        exhausted = False
-        try:
-            while True:
-                while not exhausted and len(runs) < self.max_batch_size:
-                    index, request = next(source, (-1, None))
-                    exhausted = request is None
-                    if not exhausted:
-                        runs.append(self.submit(request, deltas.append, index))
-                if not runs:
-                    return
-                if not deltas:
-                    self.step()
-                while deltas:
-                    delta = deltas.popleft()
-                    if delta.error is not None and errors == "raise":
-                        raise delta.error
-                    yield delta
-                runs = [run for run in runs if not run.finished]
-        finally:
-            self.cancel(runs)
-
-    def submit(self, request: Request, emit: Callable[[Delta], None], index: int = 0) -> Run:
-        """Queue a request; ``emit`` gets its deltas during later steps (or an error at once)."""
-        self.stats.requests += 1
-        max_new_tokens = min(request.sampling.max_new_tokens, self.max_model_len - len(request.input_ids))
-        run = Run(request, index, emit, max_new_tokens)
-        try:
-            self.check(request)
-        except MMToolError as error:
-            self._fail(run, error)
-            return run
-        run.text_from(Detokenizer(self.tokenizer))
-        if not self.busy:
-            self._step = step_for(self.decoder, self._step)
-        self._waiting.append(run)
-        return run
-
-    def cancel(self, runs: Iterable[Run]) -> None:
-        """Stop runs without another delta; what they have computed stays of use."""
-        for run in runs:
-            if not run.finished:
-                self._leave(run)
-
-    @property
-    def busy(self) -> bool:
-        """Whether a step has something to do."""
-        return bool(self._unfinished())
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -271,8 +156,11 @@ class PtEngine(Engine):
         if features:
             self.features.clear()
 
-    def _unfinished(self) -> list[Run]:
-        return [*self._waiting, *(slot.run for slot in self.slots if slot.run is not None)]
+    def _running(self) -> list[Run]:
+        return [slot.run for slot in self.slots if slot.run is not None]
+
+    def _starting(self) -> None:
+        self._step = step_for(self.decoder, self._step)
 
     # Letting requests in
 
@@ -304,6 +192,7 @@ class PtEngine(Engine):
                 self._reserve(0)
         assert target is not None, "there are as many slots as requests may run"
         target.tokens = target.tokens[:shared] if target is donor else []
+        target.stretched = False
         target.run, run.slot = run, target
         self.kv.zero(target.row, len(target.tokens), target.written)
         target.written = len(target.tokens)
@@ -317,9 +206,10 @@ class PtEngine(Engine):
 
     def _donor(self, run: Run) -> tuple[Slot | None, int]:
         """Return the slot that shares most positions with the run's prompt, and how many (never the whole prompt)."""
-        if not self.reuse_prefix or not self.slots:
+        if not self.reuse_prefix or not self.slots or self.positions.is_stretched(len(run.prompt)):
             return None, 0
-        shared = [common_prefix(slot.tokens, run.prompt) for slot in self.slots]
+        most = self.positions.stretched  # beyond, the keys of answers are turned otherwise; None is no limit
+        shared = [0 if slot.stretched else common_prefix(slot.tokens[:most], run.prompt) for slot in self.slots]
         best = max(range(len(shared)), key=shared.__getitem__)
         length = min(shared[best], len(run.prompt) - 1)
         return (self.slots[best], length) if length else (None, 0)
@@ -334,7 +224,7 @@ class PtEngine(Engine):
                 else:
                     wanted.setdefault(item.key, item)
         fresh: dict[str, Tensor | Exception] = {}
-        for items in _tower_batches(wanted.values()):
+        for items in _tower_batches(wanted.values(), self.tower_batch):
             fresh.update(self._run_tower(items))
         for run in runs:
             for item in _uncovered(run):
@@ -377,20 +267,21 @@ class PtEngine(Engine):
     def _prefill_chunk(self, run: Run, most: int) -> int:
         if run.draw is None:
             self._share_again(run)
-            run.draw = Draw(run.request.sampling, run.request.input_ids, self.vocab_size, self.device)
+            run.draw = self._draw_for(run, self.vocab_size, self.device)
+            run.positions = self.positions.of_prompt(run.request, self.device)
         slot, prompt = run.slot, run.prompt
         start = len(slot.tokens)
+        if self.positions.is_stretched(len(prompt)):
+            slot.stretched, most = True, len(prompt)
         end = min(start + most, len(prompt))
-        embeds = self.embed(torch.tensor([run.request.input_ids[start:end]], device=self.device))
-        for item in run.request.media:
-            first, last = max(item.start, start), min(item.start + item.length, end)
-            if first < last:
-                rows = run.features[item.start][first - item.start : last - item.start]
-                embeds[0, first - start : last - start] = rows.to(embeds)
+        embeds, media_mask = self._prompt_embeds(run, start, end)
         slot.written = end
         self._cache.use(slot.row, slot.row + 1, start)
-        positions = torch.arange(start, end, device=self.device).unsqueeze(0)
-        hidden = self._forward(embeds, positions, None)
+        if run.positions is None:
+            positions = torch.arange(start, end, device=self.device).unsqueeze(0)
+        else:
+            positions = run.positions[:, None, start:end]
+        hidden = self._forward(embeds, positions, None, media_mask)
         slot.tokens += prompt[start:end]
         self.stats.prefill_tokens += end - start
         if end == len(prompt):
@@ -399,6 +290,23 @@ class PtEngine(Engine):
             self._batch = None
             self._publish(run, ids.item())
         return end - start
+
+    def _prompt_embeds(self, run: Run, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return embeddings ``(1, new, hidden)`` of the prompt from ``start`` to ``end``, and where media are."""
+        ids = torch.tensor([run.request.input_ids[start:end]], device=self.device)
+        media_mask = torch.zeros_like(ids, dtype=torch.bool)
+        rows = []
+        for item in run.request.media:
+            if item.start + item.length > start and item.start < end:
+                offsets = range(item.length) if item.feature_index is None else item.feature_index
+                first, last = bisect_left(offsets, start - item.start), bisect_left(offsets, end - item.start)
+                rows.append(run.features[item.start][first:last])
+                places = torch.tensor(offsets[first:last], dtype=torch.long, device=self.device)
+                media_mask[0, places + (item.start - start)] = True
+        embeds = self.embed(ids.masked_fill(media_mask, 0))  # a placeholder need not be in the vocabulary
+        if rows:
+            embeds[media_mask] = torch.cat(rows).to(embeds)
+        return embeds, media_mask
 
     def _share_again(self, run: Run) -> None:
         """Use what requests that came with this one have computed since it got its slot."""
@@ -419,7 +327,7 @@ class PtEngine(Engine):
         for run in batch.runs:
             run.slot.written = len(run.slot.tokens) + 1
         try:
-            ids = batch.sampler(self._logits(batch.rows()))
+            ids = batch.sampler(self._logits(batch))
             token_ids = ids.tolist()  # the one moment where the host waits for the device
             batch.advance(ids)
         except Exception as error:  # nobody knows whose it is
@@ -456,25 +364,43 @@ class PtEngine(Engine):
         self.slots[one.row], self.slots[other.row] = one, other
         one.tokens, other.tokens = tokens
 
-    def _logits(self, rows: Rows) -> Tensor:
+    def _logits(self, batch: Batch) -> Tensor:
+        rows = batch.rows()
         if self._step is not None:
             return self._head(self._step(rows, self.kv))
+        if self.positions.is_stretched(batch.longest + 1):
+            return torch.cat([self._logits_of_row(batch, row) for row in range(len(batch.runs))])
         self._cache.use(0, len(rows.ids), rows.longest, rows.index)
         mask = None if rows.mask is None else rows.mask[:, 0, 0] == 0
-        hidden = self._forward(self.embed(rows.ids).unsqueeze(1), rows.positions.unsqueeze(1), mask)
+        hidden = self._forward(self.embed(rows.ids).unsqueeze(1), batch.numbers(), mask)
+        return self._head(hidden[:, -1])
+
+    def _logits_of_row(self, batch: Batch, row: int) -> Tensor:
+        """Continue one row alone: the longest of a batch would decide how all of them are turned."""
+        self._cache.use(row, row + 1, len(batch.runs[row].slot.tokens))
+        embeds = self.embed(batch.ids[row : row + 1]).unsqueeze(1)
+        hidden = self._forward(embeds, batch.numbers()[..., row : row + 1, :], None)
         return self._head(hidden[:, -1])
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden).to(self.device)
 
-    def _forward(self, embeds: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Run the model's own decoder on ``(rows, new, hidden)`` over the rows that the cache was told to use."""
+    def _forward(
+        self, embeds: Tensor, positions: Tensor, mask: Tensor | None, media_mask: Tensor | None = None
+    ) -> Tensor:
+        """Run the model's own decoder on ``(rows, new, hidden)`` over the rows that the cache was told to use.
+
+        A model whose layers treat media positions in their own way names the keyword that tells it where they are.
+        """
+        self.positions.forget_length()
+        named = self.model.media_mask_argument if hasattr(self.model, "media_mask_argument") else None
         return self.decoder(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=self._cache,
             use_cache=True,
+            **({named: media_mask} if named is not None and media_mask is not None else {}),
         ).last_hidden_state
 
     def _reserve(self, capacity: int) -> None:
@@ -495,24 +421,10 @@ class PtEngine(Engine):
 
     # Ends
 
-    def _publish(self, run: Run, token_id: int) -> None:
-        text, finish_reason = run.accept(token_id)
-        usage = None
-        if finish_reason is not None:
-            usage = run.usage()
-            self._leave(run)
-        run.emit(Delta(run.request, run.index, (token_id,), text, finish_reason, usage))
-
-    def _fail(self, run: Run, error: BaseException) -> None:
-        self._leave(run)
-        run.emit(Delta(run.request, run.index, finish_reason="error", error=error))
-
-    def _leave(self, run: Run) -> None:
-        run.finished = True
+    def _release(self, run: Run) -> None:
         run.features = {}
-        for queue in (self._waiting, self._filling):
-            if run in queue:
-                queue.remove(run)
+        if run in self._filling:
+            self._filling.remove(run)
         if run.slot is not None:
             self._clock += 1
             run.slot.run, run.slot.last_used = None, self._clock
@@ -525,26 +437,33 @@ def _uncovered(run: Run) -> list[MediaInput]:
     return [item for item in run.request.media if item.start + item.length > kept]
 
 
-def _tower_batches(items: Iterable[MediaInput]) -> Iterator[list[MediaInput]]:
-    """Group media that can go through a tower together: of one kind, with tensors that differ in their rows alone."""
+def _tower_batches(items: Iterable[MediaInput], size: int) -> Iterator[list[MediaInput]]:
+    """Group up to ``size`` media that can go through a tower together: tensors that differ in their rows alone."""
     groups: dict[object, list[MediaInput]] = {}
     for item in items:
         shapes = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in item.inputs.items())
         groups.setdefault((item.kind, shapes), []).append(item)
     for group in groups.values():
-        for start in range(0, len(group), TOWER_BATCH):
-            yield group[start : start + TOWER_BATCH]
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
 
 
-def _check_attention(config: Any, max_model_len: int) -> None:
-    """Raise MMToolError for a model whose state is not keys and values of all positions, numbered one by one.
+def check_attention(config: Any, max_model_len: int, axes: bool = False) -> None:
+    """Raise MMToolError for a model whose state is not keys and values of all positions.
 
-    Few configurations have these fields, so a missing one is the normal case.
+    ``axes`` says that the model numbers positions along several axes itself. Few
+    configurations have these fields, so a missing one is the normal case.
     """
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if (getattr(config, "sliding_window", None) or max_model_len) < max_model_len:
+    if (getattr(config, "sliding_window", None) or max_model_len) < max_model_len and uses_window(config):
         kinds.add("sliding_attention")
-    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+    if not axes and "mrope_section" in rope_settings(config):
         kinds.add("several position numbers per token")
     if kinds:
         raise MMToolError(f"the pt engine runs models with full attention; this one has {', '.join(sorted(kinds))}")
+
+
+def uses_window(config: Any) -> bool:
+    """Whether a configuration with a sliding window lets a layer use it; without a list of layers, all do."""
+    layers = getattr(config, "layer_types", None)
+    return layers is None or "sliding_attention" in layers

@@ -13,17 +13,24 @@ class Detokenizer:
     """Turns ids into text piece by piece; the pieces joined are the decoding of all ids at once.
 
     Decoders look at neighbours (leading blanks, characters of several byte tokens), so new ids are decoded together
-    with some before them, and the text of those is cut off. Special tokens give no text.
+    with some before them, and the text of those is cut off. Special tokens give no text, unless asked for, and
+    hidden ones are as if they were not there.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, skip_special_tokens: bool = True, hidden_token_ids: tuple[int, ...] = ()
+    ) -> None:
         self.tokenizer = tokenizer
+        self.skip_special_tokens = skip_special_tokens
+        self.hidden_token_ids = hidden_token_ids
         self.ids: list[int] = []  # the window: ids decoded before, then those held back
         self.shown = 0  # ids of the window whose text is out
         self.shown_text = ""
 
     def push(self, token_id: int) -> str:
         """Take one id and return the text that is certain now."""
+        if token_id in self.hidden_token_ids:
+            return ""
         self.ids.append(token_id)
         if self._is_byte(token_id):
             return ""
@@ -46,7 +53,9 @@ class Detokenizer:
         return new
 
     def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(
+            ids, skip_special_tokens=self.skip_special_tokens, clean_up_tokenization_spaces=False
+        )
 
     def _is_byte(self, token_id: int) -> bool:
         """Whether more bytes may follow: a run of them is decoded as a whole."""

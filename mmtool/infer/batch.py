@@ -18,6 +18,7 @@ from mmtool.args import InferDataArgs
 from mmtool.data.dataset import read_conversations, read_rows
 from mmtool.data.records import TAGS, Conversation
 from mmtool.data.registry import DATASETS
+from mmtool.data.sources import single_file
 from mmtool.engine.base import Request
 from mmtool.errors import DataError, MMToolError, TooLongError
 from mmtool.infer.answer import Model
@@ -76,7 +77,7 @@ class DatasetRun:
     def __init__(self, options: InferDataArgs, spec: ModelSpec, system: str | None = None) -> None:
         named = DATASETS.get(options.val_dataset)
         self.options = options
-        self.dataset = Path(named.source if named else options.val_dataset)
+        self.dataset = single_file(named) if named else Path(options.val_dataset)
         data_format = options.dataset_format or (named.format if named else None)
         rows = read_dataset(self.dataset, options, spec, system, data_format)
         first = next(rows, None)  # a dataset that cannot be read must not cost the result file

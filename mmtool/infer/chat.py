@@ -17,7 +17,8 @@ from mmtool.engine.base import Answer
 from mmtool.errors import MMToolError, TooLongError
 from mmtool.infer.answer import Model, stream_answer
 from mmtool.infer.terminal import StopOnInterrupt, Terminal
-from mmtool.messages import Image, Message, Part, Text, split_inline_media
+from mmtool.media import looks_like_sound
+from mmtool.messages import Audio, Image, Message, Part, Text, split_inline_media
 
 PROMPT = "<<< "
 MULTI_LINE_PROMPT = "<<<[M] "
@@ -41,6 +42,7 @@ Ctrl-C         stop the answer, or drop the line being typed"""
 
 MEDIA_HELP = {
     "round": "After each question comes the place for a picture: a path, a URL, or nothing.",
+    "several": "After each question comes the place for pictures and sounds: paths, URLs (blanks between), or nothing.",
     "inline": "Pictures stand in the text: <img>path or URL</img>.",
     "none": "",
 }
@@ -136,14 +138,19 @@ class Chat:
             if find_command(line) and not os.path.exists(source):
                 self._obey(line)
                 return None
-            part = Image(source)
+            parts = media_parts(line) if self._takes_sounds else (Image(source),)
             try:
-                self.model.template.prepare(part)
+                for part in parts:
+                    self.model.template.prepare(part)
             except MMToolError as error:
                 self.terminal.say(f"error: {error.message}")  # the prompt that follows is the hint
                 failed = True
             else:
-                return (part,)
+                return parts
+
+    @property
+    def _takes_sounds(self) -> bool:
+        return "audio" in self.model.spec.modalities
 
     # Answering
 
@@ -259,7 +266,8 @@ class Chat:
     def help(self, argument: str) -> None:
         """List the commands."""
         self.terminal.write(f"{HELP}\n")
-        media_help = MEDIA_HELP[self.model.spec.media_style]
+        style = self.model.spec.media_style
+        media_help = MEDIA_HELP["several" if style == "round" and self._takes_sounds else style]
         if media_help:
             self.terminal.write(f"{media_help}\n")
 
@@ -309,6 +317,24 @@ def media_source(line: str) -> str:
         plain = re.sub(r"\\(.)", r"\1", text)
         text = plain if os.path.exists(os.path.expanduser(plain)) else text
     return text
+
+
+def media_parts(line: str) -> tuple[Part, ...]:
+    """Return the pictures and sounds that a line names: one, if the whole line is a file, or several between blanks.
+
+    What ends like a sound, or stands in ``<audio>`` tags, is one; all else is a picture.
+    """
+    tagged = [part for part in split_inline_media(line.strip()) if not isinstance(part, Text) or part.text.strip()]
+    if any(not isinstance(part, Text) for part in tagged):
+        return tuple(new for part in tagged for new in (media_parts(part.text) if isinstance(part, Text) else (part,)))
+    whole = media_source(line)
+    sources = [whole]
+    if " " in whole and not os.path.exists(os.path.expanduser(whole)):
+        try:
+            sources = shlex.split(line)
+        except ValueError:  # an odd quote: the line is taken as it is, and the error names it
+            sources = [whole]
+    return tuple(Audio(source) if looks_like_sound(source) else Image(source) for source in sources)
 
 
 def _unquote(text: str) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmtool import log
 from mmtool.args import GenerationArgs, InferArgs, TemplateArgs
 from mmtool.engine.base import Sampling
 from mmtool.engine.create import create_engine
-from mmtool.errors import TooLongError
+from mmtool.errors import CheckpointError, TooLongError
+from mmtool.finetuned import FineTuned, attach_adapter, open_finetuned
 from mmtool.infer.answer import Model
 from mmtool.infer.batch import DatasetRun
 from mmtool.infer.chat import run_chat
@@ -30,26 +32,48 @@ def infer_main(args: InferArgs) -> None:
     What can be wrong without the weights is found before they load.
     """
     accept_any_text()
+    finetuned = open_checkpoint(args)
     spec, folder = open_folder(args.model.model_type, args.model.model_id_or_path, hub=args.model.hub)
-    template = open_template(args.template, spec, folder)
+    template = open_template(args.template, spec, folder, args.model.processor_kwargs)
     system = args.template.system
     if args.input.query is not None:
         messages = read_question(args.input, spec, system)
         with log.timed("encode"):
             check_length(template.encode(messages)["input_ids"], folder)  # media stay prepared with their messages
-        model = load(args, spec, folder, template)
+        model = load(args, spec, folder, template, finetuned)
         answer_question(model, messages, as_json=args.input.json, stream=args.generation.stream)
     elif args.data.val_dataset is not None:
         with DatasetRun(args.data, spec, system) as run:
             if run.finished:
                 logger.info("%s: every row is answered already", run.results.path)
             else:
-                run.answer(load(args, spec, folder, template))
+                run.answer(load(args, spec, folder, template, finetuned))
     else:
-        run_chat(load(args, spec, folder, template), Terminal(), system=system, stream=args.generation.stream)
+        model = load(args, spec, folder, template, finetuned)
+        run_chat(model, Terminal(), system=system, stream=args.generation.stream)
 
 
-def open_template(given: TemplateArgs, spec: ModelSpec, folder: Path) -> Template:
+def open_checkpoint(args: InferArgs) -> FineTuned | None:
+    """Return the checkpoint of ``--ckpt_dir``, and set the options that it knows and the user did not give."""
+    given = args.checkpoint
+    if given.ckpt_dir is None:
+        return None
+    finetuned = open_finetuned(given.ckpt_dir)
+    finetuned.fill(args.model, args.explicit)
+    finetuned.fill(args.template, args.explicit)
+    if given.load_dataset_config:
+        if not finetuned.val_dataset.is_file():
+            raise CheckpointError(
+                f"--load_dataset_config true: {finetuned.run} has no {finetuned.val_dataset.name}",
+                "The run kept no rows to evaluate on; name some with --val_dataset.",
+            )
+        args.data.val_dataset = str(finetuned.val_dataset)
+    return finetuned
+
+
+def open_template(
+    given: TemplateArgs, spec: ModelSpec, folder: Path, processor_kwargs: Mapping[str, Any] | None = None
+) -> Template:
     """Return what writes prompts; it needs the files of the processor only."""
     with log.timed("import"), collection_paused(freeze=True):  # most of transformers comes with these
         import_object(spec.processor_class)
@@ -57,7 +81,8 @@ def open_template(given: TemplateArgs, spec: ModelSpec, folder: Path) -> Templat
     with log.timed("processor"), collection_paused(freeze=True):
         return get_template(
             spec,
-            load_processor(spec, folder),
+            load_processor(spec, folder, processor_kwargs=processor_kwargs),
+            given.template_kwargs,
             max_length=given.max_length,
             truncation_strategy=given.truncation_strategy,
         )
@@ -66,7 +91,11 @@ def open_template(given: TemplateArgs, spec: ModelSpec, folder: Path) -> Templat
 def check_length(input_ids: Sequence[int], folder: Path) -> None:
     """Raise TooLongError for a prompt that leaves no position for an answer, going by the folder's config.json."""
     config = read_json(folder / "config.json")
-    limit = config.get("text_config", config).get("max_position_embeddings")
+    text = config.get("text_config", config)
+    limit = text.get("max_position_embeddings")
+    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    if "dynamic" in (rope.get("type"), rope.get("rope_type")):  # beyond its positions the angles adapt
+        limit = text.get("max_length")
     if limit is not None and len(input_ids) >= limit:
         raise TooLongError(
             f"the question takes {len(input_ids)} positions, but the model has {limit}, answer included",
@@ -76,8 +105,10 @@ def check_length(input_ids: Sequence[int], folder: Path) -> None:
         )
 
 
-def load(args: InferArgs, spec: ModelSpec, folder: Path, template: Template) -> Model:
-    """Load the weights and make the engine."""
+def load(
+    args: InferArgs, spec: ModelSpec, folder: Path, template: Template, finetuned: FineTuned | None = None
+) -> Model:
+    """Load the weights, an adapter on them if there is one, and make the engine."""
     given = args.model
     with log.timed("load"), collection_paused(freeze=True):
         network, processor = load_model(
@@ -89,6 +120,8 @@ def load(args: InferArgs, spec: ModelSpec, folder: Path, template: Template) -> 
             model_kwargs=given.model_kwargs,
             processor=template.processor,
         )
+        if finetuned is not None and finetuned.is_adapter:
+            network = attach_adapter(network, finetuned.folder, merge=args.checkpoint.merge_lora)
         engine = create_engine(network, processor, args.infer_backend, max_batch_size=args.data.max_batch_size)
     sampling = read_sampling(args.generation, network.generation_config)
     return Model(spec, template, engine, sampling, show_prompt=args.template.show_prompt)

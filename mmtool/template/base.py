@@ -9,7 +9,7 @@ import hashlib
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -36,9 +36,13 @@ class MediaInput:
     Attributes:
         kind: ``image`` or ``audio``.
         start: its first position in ``input_ids``.
-        length: how many positions it takes.
+        length: how many positions it takes, its begin and end marks included.
         inputs: the tensors the model needs for it, first dimension the rows of this medium alone.
         key: hash of ``inputs``; equal for equal content, so that features can be reused.
+        ids: the token ids at its positions; None where all are its placeholder.
+        feature_index: which of its positions hold features, counted from ``start``; None for all.
+        token_fields: what the model wants to know of each of its positions beside the id, by name; elsewhere it is 0.
+        shared: names in ``inputs`` that describe the whole conversation, so that the model gets them once.
     """
 
     kind: str
@@ -46,6 +50,15 @@ class MediaInput:
     length: int
     inputs: dict[str, Tensor]
     key: str
+    ids: tuple[int, ...] | None = None
+    feature_index: tuple[int, ...] | None = None
+    token_fields: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
+
+    @property
+    def num_features(self) -> int:
+        """How many positions hold features."""
+        return self.length if self.feature_index is None else len(self.feature_index)
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,8 @@ class Template:
     default_system: ClassVar[str | None] = None
     stop_words: ClassVar[tuple[str, ...]] = ()
     modalities: ClassVar[tuple[str, ...]] = ("image",)
+    penalize_prompt: ClassVar[bool] = True  # False where the release's repetition penalty sees new tokens only
+    skip_special_tokens: ClassVar[bool] = True  # in the text of an answer
     strip_answer: bool = True
 
     def __init__(
@@ -117,6 +132,11 @@ class Template:
         """Ids that end an answer."""
         return (self.tokenizer.eos_token_id,)
 
+    @property
+    def hidden_token_ids(self) -> tuple[int, ...]:
+        """Ids that an answer is decoded without, where special tokens are shown."""
+        return ()
+
     def text_ids(self, text: str) -> list[int]:
         """Tokenise text; the one place that decides whether a control token typed by somebody becomes one: never."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -135,6 +155,14 @@ class Template:
         except MediaError as error:
             raise MediaError(f"cannot use image {describe_source(part.source)}: {error.message}", error.hint) from None
         return MediaInput("image", 0, self.processor.num_image_tokens(inputs, 0), inputs, _content_key(inputs))
+
+    def finish_media(self, media: list[MediaInput]) -> list[MediaInput]:
+        """Complete media whose inputs depend on the others of the conversation; positions must stay as they are."""
+        return media
+
+    def media_tensors(self, rows: Sequence[Sequence[MediaInput]]) -> dict[str, Tensor]:
+        """Return the tensors of the media of several conversations by name, one after the other."""
+        return _concatenated([item for media in rows for item in media])
 
     def check(self, messages: Sequence[Message], train: bool) -> None:
         """Raise MMToolError for a conversation that this family cannot express."""
@@ -193,11 +221,11 @@ class Template:
         for start, segment in _with_starts(segments):
             ids = segment.ids[max(cut - start, 0) :]
             if ids and segment.media is not None:
-                item = segment.media
-                media.append(MediaInput(item.kind, len(input_ids), item.length, item.inputs, item.key))
+                media.append(replace(segment.media, start=len(input_ids)))
             input_ids += ids
             labels += ids if segment.train else [IGNORED_LABEL] * len(ids)
-        encoded: dict[str, Any] = {"input_ids": input_ids, "media": media, **_concatenated(media)}
+        media = self.finish_media(media)
+        encoded: dict[str, Any] = {"input_ids": input_ids, "media": media, **self.media_tensors([media])}
         if train:
             encoded["labels"] = labels
         return encoded
@@ -227,11 +255,12 @@ class Template:
         }
         if with_labels:
             collated["labels"] = _padded([row["labels"] for row in batch], IGNORED_LABEL, side)
-        return collated | _concatenated([item for row in batch for item in row["media"]])
+        return collated | self.media_tensors([row["media"] for row in batch])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole answer: cut at the first stop word, stripped where the family strips."""
-        text = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        kept = [index for index in ids if index not in self.hidden_token_ids]
+        text = self.tokenizer.decode(kept, skip_special_tokens=self.skip_special_tokens)
         ends = [at for word in self.stop_words if (at := text.find(word)) >= 0]
         text = text[: min(ends, default=len(text))]
         return text.strip() if self.strip_answer else text
@@ -248,13 +277,13 @@ class Template:
         """Return the tokenised prompt before any truncation.
 
         Text runs are as long as they can be, since releases tokenise whole prompts; they end only at media, at control
-        tokens, and where training starts or stops. The last makes the ids up to an answer independent of the answer.
+        tokens, and at the borders of answers. The last makes the ids up to an answer independent of the answer.
         """
         segments: list[Segment] = []
         run: list[Piece] = []
         for piece in self._atoms(self.render(messages, train)):
             is_text = piece.media is None and not self._is_control_token(piece)
-            if run and (not is_text or piece.train != run[0].train):
+            if run and (not is_text or (piece.train, piece.answer) != (run[0].train, run[0].answer)):
                 segments.append(self._text_segment(run))
                 run = []
             if is_text:
@@ -263,7 +292,8 @@ class Template:
                 segments.append(Segment((piece,), [self._control_ids[piece.text]]))
             else:
                 item = self.prepare(piece.media)
-                segments.append(Segment((piece,), [self.media_id(item.kind)] * item.length, item))
+                ids = [self.media_id(item.kind)] * item.length if item.ids is None else list(item.ids)
+                segments.append(Segment((piece,), ids, item))
         if run:
             segments.append(self._text_segment(run))
         return segments
@@ -298,7 +328,7 @@ class Template:
                 continue
             for text in self._split_control.split(piece.text):
                 if text:
-                    yield Piece(text, control=True, train=piece.train)
+                    yield replace(piece, text=text)
 
     def _is_control_token(self, piece: Piece) -> bool:
         return piece.control and piece.text in self._control_ids
@@ -320,8 +350,16 @@ class Template:
         if known is not None and known[0]() is part:
             return known[1]
         item = self.media_input(part)
-        self._prepared[id(part)] = (weakref.ref(part, self._forget(id(part))), item)
+        self.remember(part, item)
         return item
+
+    def remember(self, part: Image | Audio, item: MediaInput) -> None:
+        """Take ``item`` for what ``prepare`` would make of ``part``, for as long as its part lives."""
+        self._prepared[id(part)] = (weakref.ref(part, self._forget(id(part))), item)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is remembered: it belongs to the parts of this process."""
+        return self.__dict__ | {"_prepared": {}}
 
     def _forget(self, key: int) -> Any:
         prepared = self._prepared  # not self: a part must not keep the template alive

@@ -17,12 +17,14 @@ class Piece:
         media: the picture or sound that stands here, else None.
         control: written by the chat format, not by anybody in the conversation; only here control tokens are meant.
         train: the model learns to write it.
+        answer: it belongs to an answer, learned or not; tokens never reach across the border of one.
     """
 
     text: str = ""
     media: Image | Audio | None = None
     control: bool = False
     train: bool = False
+    answer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,8 @@ class ChatFormat:
     def answered(self, message: Message, last: bool) -> Iterator[Piece]:
         """Give the pieces of an assistant's turn."""
         for piece in (_mark(self.answer[0]), *map(_plain, message.parts), _mark(self.answer[1])):
-            yield replace(piece, train=message.train and piece.media is None)
+            is_text = piece.media is None
+            yield replace(piece, train=message.train and is_text, answer=is_text)
         if not last:
             yield _mark(self.between)
 

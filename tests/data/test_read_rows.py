@@ -172,7 +172,7 @@ def test_parquet_without_pyarrow_names_the_install_line(monkeypatch, write) -> N
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(DataError, match=r"a\.parquet: reading parquet needs pyarrow") as caught:
         list(read_rows(write("a.parquet", b"PAR1")))
-    assert caught.value.hint == "Install it: pip install pyarrow"
+    assert caught.value.hint == "Install it: pip install 'mmtool[parquet]'"
 
 
 def test_parquet_rows(tmp_path: Path, write) -> None:

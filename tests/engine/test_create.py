@@ -24,6 +24,7 @@ def test_unknown_backend_is_an_error(small):
 def test_request_takes_what_the_template_says():
     class Template:
         stop_words, stop_token_ids, strip_answer = ("###",), (2,), False
+        skip_special_tokens, penalize_prompt, hidden_token_ids = False, False, (7,)
 
         def encode(self, messages):
             return {"input_ids": [len(messages)], "media": []}
@@ -33,6 +34,8 @@ def test_request_takes_what_the_template_says():
     assert isinstance(found, Request)
     assert (found.input_ids, found.media, found.sampling, found.id) == ([2], [], sampling, "x")
     assert (found.stop_words, found.stop_token_ids, found.strip) == (("###", "END"), (2,), False)
+    assert (found.skip_special_tokens, found.penalize_prompt) == (False, False)
+    assert found.hidden_token_ids == (7,)
 
 
 def test_requests_can_be_made_without_torch():

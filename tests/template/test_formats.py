@@ -58,5 +58,5 @@ def test_answers_with_their_marks_are_learned_and_only_typed_text_is_no_control(
 
 def test_what_stands_between_rounds_is_not_learned_and_does_not_end_a_sample() -> None:
     pieces = [piece for piece in CHATML.pieces(CONVERSATION[:4], "") if piece.text]
-    assert pieces[-1] == Piece("<|im_end|>", control=True)
+    assert pieces[-1] == Piece("<|im_end|>", control=True, answer=True)
     assert Piece("\n", control=True) in pieces

@@ -1,7 +1,10 @@
-"""Put media features among text embeddings."""
+"""Put media features among text embeddings, and tensors of several media together."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,3 +26,14 @@ def merge_features(embeds: Tensor, ids: Tensor, features: Tensor, token_id: int)
         raise ValueError(f"the prompt has {num_places} media positions, but the media give {len(features)} features")
     features = features.to(embeds.device, embeds.dtype)
     return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), features)
+
+
+def same_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Pad all dimensions but the first with zeros at their end to the largest."""
+    largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = []
+    for tensor in tensors:
+        missing = [size - own for size, own in zip(largest, tensor.shape[1:], strict=True)]
+        widths = [width for size in reversed(missing) for width in (0, size)]
+        padded.append(F.pad(tensor, widths) if any(missing) else tensor)
+    return padded

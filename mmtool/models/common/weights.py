@@ -176,6 +176,8 @@ def _read_bin(path: Path) -> dict[str, LazyTensor]:
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a readable PyTorch file: {reason}", _AGAIN) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # as training tools wrap it
+        state = state["state_dict"]
     if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
         raise CheckpointError(f"{path} does not hold a plain dictionary of tensors")
     return {name: _bin_tensor(path, tensor) for name, tensor in state.items()}

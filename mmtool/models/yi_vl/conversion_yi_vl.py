@@ -24,41 +24,28 @@ _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 _TOWER_NAME = re.compile(r"^(?:.*\.)?vision_model\.(.+)|^((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)")
 
 
-def _renamings() -> list[WeightRenaming]:
-    """Return the table, the release's name first, ours second; fresh, as transformers keeps notes in its entries.
-
-    It is applied in both directions: a group stands in our pattern and is referred to in the release's.
-    """
-    return [
+# The release's name first, ours second. Applied in both directions: a group stands in our pattern and is referred to in
+# the release's.
+register_checkpoint_conversion_mapping(
+    MODEL_TYPE,
+    [
         WeightRenaming(r"^model\.\1\.", r"^model\.language_model\.(embed_tokens|layers|norm)\."),
         WeightRenaming(r"^model\.mm_projector\.", r"^model\.multi_modal_projector\."),
         WeightRenaming(rf"^{re.escape(TOWER_IN_SHARDS)}", r"^model\.vision_tower\."),
-    ]
-
-
-_RENAMINGS = _renamings()
-register_checkpoint_conversion_mapping(MODEL_TYPE, _renamings(), overwrite=True)
-
-
-def our_name(released: str) -> str:
-    """Return the name in a YiVLForConditionalGeneration of a weight that the main shards call ``released``."""
-    for renaming in _RENAMINGS:
-        name, matched = renaming.rename_source_key(released)
-        if matched is not None:
-            return name
-    return released
+    ],
+    overwrite=True,
+)
 
 
 def read_release(folder: Path, mm_vision_tower: str | None) -> dict[str, LazyTensor]:
     """Return the weights of a release by the names of its main shards, the vision tower's from its own folder.
 
-    The copy of the tower in the main shards is used only where the vit folder has no weights.
+    The copy of the tower in the main shards is used only where the vit folder has no weights. Empty where the folder
+    has no weights at all.
     """
     weights = _without_buffers(read_weights(folder))
     if not weights:
-        raise CheckpointError(
-            f"{folder} has no weights", "It needs model.safetensors or pytorch_model.bin, or an index and its shards."
-        )
+        return {}
     tower_folder = vision_folder(folder, mm_vision_tower)
     tower = _without_buffers(read_weights(tower_folder))
     if tower:

@@ -12,18 +12,17 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils.generic import can_return_tuple
 
-from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder
 from mmtool.models.common.merge import merge_features
+from mmtool.models.common.release import ReleaseModel
+from mmtool.models.common.weights import LazyTensor
 from mmtool.models.yi_vl.configuration_yi_vl import YiVLConfig
-from mmtool.models.yi_vl.conversion_yi_vl import TOWER_IN_SHARDS, our_name, read_release
+from mmtool.models.yi_vl.conversion_yi_vl import read_release
 
 
 @dataclass
@@ -69,84 +68,20 @@ class YiVLProjector(nn.Sequential):
         )
 
 
-class YiVLPreTrainedModel(PreTrainedModel):
-    """What both model classes share: loading a release folder, and writing one."""
+class YiVLPreTrainedModel(ReleaseModel):
+    """What both model classes share: the release's folder, with the vision tower in its own."""
 
     config: YiVLConfig
     config_class = YiVLConfig
     base_model_prefix = "model"
     input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
     _no_split_modules = ("LlamaDecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings")
-    _skip_keys_device_placement = ("past_key_values",)
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _has_head = True  # without it, weight names lack the prefix ``model.`` of a release
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | None,
-        *model_args: Any,
-        config: YiVLConfig | None = None,
-        dtype: torch.dtype | str | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Load a folder in the layout of a release, tensor by tensor, without random initialisation.
-
-        Args:
-            pretrained_model_name_or_path: a folder, or a hub id.
-            model_args: for the constructor.
-            config: the configuration; that of the folder if None.
-            dtype: of the weights in memory; ``auto`` or None for what the configuration says, or else the files.
-            kwargs: as in transformers: ``device_map``, ``attn_implementation``, ``quantization_config``, ...
-
-        Raises:
-            CheckpointError: when a file is missing or broken, or a weight is missing, left over or of another shape.
-        """
-        dtype = dtype if dtype is not None else kwargs.pop("torch_dtype", None)
-        if pretrained_model_name_or_path is None:
-            return super().from_pretrained(None, *model_args, config=config, dtype=dtype, **kwargs)
-        folder, kwargs = local_folder(pretrained_model_name_or_path, kwargs)
-        if config is None:
-            config, kwargs = YiVLConfig.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
-        weights = read_release(folder, config.mm_vision_tower)
-        if not cls._has_head:
-            weights.pop("lm_head.weight", None)
-        cls._check_weights(config, weights, folder)
-        dtype = _target_dtype(dtype, config, weights)
-        weights = {name: tensor.astype(dtype) for name, tensor in weights.items()}
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, dtype=dtype, **kwargs)
-        output_loading_info = isinstance(model, tuple)
-        _finish(model[0] if output_loading_info else model, folder, kwargs)
-        return model
-
-    @classmethod
-    def _check_weights(cls, config: YiVLConfig, weights: dict[str, Any], folder: Path) -> None:
-        """Compare names and shapes with those of the network; the error names the first few."""
-        with torch.device("meta"):
-            expected = {name: tensor.shape for name, tensor in cls(config).state_dict().items()}
-        found = {our_name(name): (name, tensor.shape) for name, tensor in weights.items()}
-        if not cls._has_head:
-            expected = {f"model.{name}": shape for name, shape in expected.items()}
-        if config.tie_word_embeddings:
-            expected.pop("lm_head.weight", None)
-        missing = [name for name in expected if name not in found]
-        unexpected = [released for name, (released, _) in found.items() if name not in expected]
-        wrong = [
-            f"{released} is {list(shape)} instead of {list(expected[name])}"
-            for name, (released, shape) in found.items()
-            if name in expected and shape != expected[name]
-        ]
-        problems = [*_named("missing", missing), *_named("unexpected", unexpected), *_named("of another shape", wrong)]
-        if problems:
-            raise CheckpointError(
-                f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}",
-                "Download the folder again, or check config.json and vit/*/config.json against the release.",
-            )
+    def read_release(cls, folder: Path, config: YiVLConfig) -> dict[str, LazyTensor]:
+        """Return the weights of the main shards, the vision tower's from the vit folder."""
+        return read_release(folder, config.mm_vision_tower)
 
     def save_pretrained(
         self,
@@ -158,9 +93,7 @@ class YiVLPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write a folder in the layout of a release: main shards with their copy of the tower, and the vit folder."""
         state_dict = self.state_dict() if state_dict is None else state_dict
-        if not self._has_head:
-            state_dict = {f"model.{name}": tensor for name, tensor in state_dict.items()}
-        prefix = "model.vision_tower."
+        prefix = ("model." if self._has_head else "") + "vision_tower."
         tower = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         super().save_pretrained(save_directory, is_main_process, state_dict, max_shard_size=max_shard_size, **kwargs)
         if is_main_process and tower and not self._hf_peft_config_loaded:  # else it was the adapter that was saved
@@ -322,32 +255,3 @@ class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-
-def _target_dtype(dtype: torch.dtype | str | None, config: YiVLConfig, weights: dict[str, Any]) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype is None or dtype == "auto":
-        return config.dtype or next(tensor.stored_dtype for tensor in weights.values())
-    return getattr(torch, dtype)
-
-
-def _finish(model: YiVLPreTrainedModel, folder: Path, options: dict[str, Any]) -> None:
-    """Set what transformers reads from a folder and could not, since it was given tensors."""
-    for module in (model, model.base_model):  # an adapter notes it as the base it belongs to
-        module.name_or_path = module.config.name_or_path = str(folder)
-    if model.can_generate() and options.get("generation_config") is None:
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        else:
-            model.generation_config = GenerationConfig.from_model_config(model.config)
-
-
-def _named(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return [f"{len(names)} {what} ({', '.join(names[:3])}{more})"]
-
-
-__all__ = ["TOWER_IN_SHARDS", "YiVLForConditionalGeneration", "YiVLModel", "YiVLPreTrainedModel"]

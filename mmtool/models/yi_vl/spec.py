@@ -73,6 +73,7 @@ def _spec(size: str, large: bool) -> ModelSpec:
         lora_target_modules=LLM_QKV,
         auto=_AUTO,
         description=f"Yi-VL {size}: English and Chinese, pictures at 448 px",
+        docs="models/yi-vl.md",
     )
 
 

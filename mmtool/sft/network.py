@@ -1,0 +1,242 @@
+"""The network to train: loaded, with adapters or unfrozen weights, in the right numbers."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import wave
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from mmtool import log
+from mmtool.args import SftArgs
+from mmtool.errors import MMToolError
+from mmtool.loader import fit_layout, load_model
+from mmtool.messages import Audio, Image, Part
+from mmtool.sft.batches import MediaBatch, media_batch
+from mmtool.sft.checkpoint import load_trained
+from mmtool.sft.features import open_features
+from mmtool.sft.learner import Learner
+from mmtool.sft.lora import PEFT_PREFIX, add_adapters
+from mmtool.sft.parts import PartNames, PartRow, choose_ways, count_parts, parts_summary, set_trainable
+from mmtool.sft.ranks import Ranks
+from mmtool.spec import ModelSpec
+from mmtool.template.base import Template
+
+logger = log.get_logger(__name__)
+
+# The parts that media of a kind run through.
+PARTS_OF_KIND = {"image": ("vision_encoder", "vision_proj"), "audio": ("audio_encoder", "audio_proj")}
+
+
+@dataclass(frozen=True)
+class Network:
+    """What trains.
+
+    Attributes:
+        learner: the module for Trainer.
+        dtype: of the loaded weights: 16 bits mean mixed precision.
+        stored_dtype: of full weights on disk.
+        table: parts and their numbers of parameters.
+        may_skip_parameters: whether a pass may leave out parameters that train.
+    """
+
+    learner: Learner
+    dtype: torch.dtype
+    stored_dtype: torch.dtype
+    table: list[PartRow]
+    may_skip_parameters: bool
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The table as data."""
+        return parts_summary(self.table)
+
+
+def load_network(
+    args: SftArgs,
+    spec: ModelSpec,
+    folder: Path,
+    template: Template,
+    *,
+    run: Path,
+    resumed: Path | None,
+    ranks: Ranks,
+    use_cpu: bool,
+    zero_stage: int,
+) -> Network:
+    """Load the weights and set up what trains.
+
+    Args:
+        args: the options.
+        spec: the model.
+        folder: where its weights are.
+        template: to encode the media of ranks that have none.
+        run: the folder of the run.
+        resumed: a checkpoint to take the trained weights from.
+        ranks: the processes.
+        use_cpu: train on the CPU.
+        zero_stage: of DeepSpeed, 0 without.
+    """
+    tuner = args.tuner
+    if spec.layout is None:  # else the network tells the parts: see below
+        choose_ways(args.parts, tuner.sft_type, spec.parts)
+    source = resumed if resumed is not None and tuner.sft_type == "full" else folder
+    with log.timed("load"):
+        model = _load(args, spec, source, template, ranks, use_cpu)
+    spec = fit_layout(spec, model)
+    ways = choose_ways(args.parts, tuner.sft_type, spec.parts)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    if tuner.sft_type == "lora":
+        trained = add_adapters(model, spec, ways, tuner, args.parts)
+    else:
+        trained = model
+        set_trainable(model, ways, PartNames(spec.parts), args.parts)
+    if args.devices.deepspeed is None and args.devices.fsdp is None:
+        for parameter in trained.parameters():  # steps of 1e-5 get lost in 16 bits; DeepSpeed keeps its own copy
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    _checkpoint_activations(model, args, use_cpu)
+    if args.devices.use_liger_kernel:
+        use_liger(model.get_decoder())
+    prefix = PEFT_PREFIX if trained is not model else ""
+    training = _trained_kinds(trained, spec, prefix)
+    kinds = [kind for kind in PARTS_OF_KIND if kind in spec.modalities]
+    sharded = zero_stage == 3 or args.devices.fsdp is not None
+    needs_all = [kind for kind in kinds if ranks.world_size > 1 and (sharded or kind in training)]
+    learner = Learner(
+        trained,
+        frozen_kinds=[kind for kind in kinds if kind not in training],
+        # Ranks that hold pieces of a tower must run it together, so none may skip it.
+        cache=None if sharded else open_features(args.train.cache_media_features, run, ranks.local_world_size),
+        dummies={kind: _dummy(template, kind) for kind in needs_all},
+        frozen_modules=_frozen_modules(model, trained, spec, prefix),
+        one_piece=sharded,
+    )
+    if resumed is not None:
+        load_trained(learner, resumed)
+    table = count_parts(trained, PartNames(spec.parts), prefix)
+    # Towers have layers behind the one whose output is taken; all else takes part in every pass.
+    skips = any(row.trained and row.part.endswith("_encoder") for row in table)
+    return Network(learner, dtype, dtype, table, skips)
+
+
+def _load(args: SftArgs, spec: ModelSpec, folder: Path, template: Template, ranks: Ranks, use_cpu: bool) -> Any:
+    unset_hf_deepspeed_config()  # of an earlier run in this process; whole weights load, and are shared out afterwards
+    keywords = dict(args.model.model_kwargs or {})
+    if args.tuner.quantization_bit != "0":
+        keywords["quantization_config"] = quantization(args.tuner.quantization_bit)
+    if args.model.device_map is not None:
+        device_map: Any = args.model.device_map
+    elif use_cpu or args.devices.deepspeed or args.devices.fsdp:
+        device_map = "cpu"
+    else:
+        device_map = f"cuda:{ranks.local_rank}"
+    model, _ = load_model(
+        spec,
+        folder,
+        dtype=args.model.dtype,
+        device_map=device_map,
+        attn_impl=args.model.attn_impl,
+        model_kwargs=keywords,
+        processor=template.processor,
+    )
+    return model
+
+
+def quantization(bits: str) -> Any:
+    """Return the configuration of bitsandbytes.
+
+    Raises:
+        MMToolError: where it is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MMToolError(
+            f"--quantization_bit {bits} needs the package bitsandbytes",
+            "pip install 'mmtool[quant]', or leave the option out.",
+        )
+    if bits == "8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _checkpoint_activations(model: Any, args: SftArgs, use_cpu: bool) -> None:
+    wanted = args.train.gradient_checkpointing
+    if wanted is None:
+        wanted = not use_cpu
+    if not wanted:
+        return
+    keywords = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=keywords)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
+
+
+def use_liger(decoder: Any) -> None:
+    """Put the kernels of the package liger-kernel into a language model.
+
+    Raises:
+        MMToolError: where it is not installed, or does not know the model.
+    """
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise MMToolError("--use_liger_kernel needs the package liger-kernel", "pip install liger-kernel")
+    from liger_kernel.transformers import monkey_patch
+
+    known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+    if decoder.config.model_type not in known:
+        raise MMToolError(
+            f"--use_liger_kernel: liger-kernel does not know language models of type {decoder.config.model_type}",
+            "Leave it out.",
+        )
+    known[decoder.config.model_type](model=decoder)
+
+
+def _trained_kinds(trained: nn.Module, spec: ModelSpec, prefix: str) -> set[str]:
+    """Return the kinds of media whose tower or projector has something to train."""
+    part_of = PartNames(spec.parts)
+    parts = {part_of(name.removeprefix(prefix)) for name, p in trained.named_parameters() if p.requires_grad}
+    return {kind for kind, names in PARTS_OF_KIND.items() if parts.intersection(names)}
+
+
+def _frozen_modules(model: nn.Module, trained: nn.Module, spec: ModelSpec, prefix: str) -> list[nn.Module]:
+    """Return the modules of parts with nothing to train; they stay in evaluation mode."""
+    part_of = PartNames(spec.parts)
+    parts = {part_of(name.removeprefix(prefix)) for name, p in trained.named_parameters() if p.requires_grad}
+    modules = dict(model.named_modules())
+    return [
+        modules[name]
+        for part, names in spec.parts.items()
+        if part not in parts and part != "llm"
+        for name in names
+        if name in modules
+    ]
+
+
+def _dummy(template: Template, kind: str) -> MediaBatch:
+    """Return one medium of a kind, for a rank whose batch has none."""
+    part: Part
+    if kind == "image":
+        part = Image(PIL.Image.new("RGB", (64, 64), "white"))
+    else:
+        sound = io.BytesIO()
+        with wave.open(sound, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes(bytes(2 * 16000))
+        part = Audio(sound.getvalue())
+    (item,) = template.finish_media([template.prepare(part)])
+    return media_batch([(0, item)])

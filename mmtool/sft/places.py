@@ -1,0 +1,74 @@
+"""Where a run is: its folder, and the checkpoint that it goes on from. Needs no torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mmtool.args import SftArgs
+from mmtool.errors import CheckpointError
+from mmtool.finetuned import SETTINGS, TRAINER_STATE, checkpoint_steps
+from mmtool.models.common.folders import read_json
+from mmtool.options import options_of
+
+# What a resumed run need not have in common with the one before: none of it changes what is computed.
+FREE = {
+    *("resume_from_checkpoint", "output_dir", "nproc_per_node", "log_level", "verbose", "show_prompt", "tensorboard"),
+    *("dataloader_num_workers", "dataset_num_proc", "logging_steps", "save_total_limit", "cache_media_features"),
+}
+
+
+def run_folder(output_dir: Path, model_type: str, suffix: bool, now: str) -> Path:
+    """Return the folder of a new run: ``OUTPUT_DIR/MODEL_TYPE/vN-TIME``; ``output_dir`` itself without ``suffix``."""
+    if not suffix:
+        return output_dir
+    parent = output_dir / model_type
+    versions = [int(m[1]) for path in parent.glob("v*") if (m := re.match(r"v(\d+)(-|$)", path.name))]
+    return parent / f"v{max(versions, default=-1) + 1}-{now}"
+
+
+def find_resumed(asked: str, output_dir: Path, model_type: str | None) -> Path:
+    """Return the checkpoint that ``--resume_from_checkpoint`` means.
+
+    Args:
+        asked: ``last``: the newest one of the newest run that has any; or a run or checkpoint folder.
+        output_dir: where runs are.
+        model_type: whose runs count for ``last``; None for all.
+    """
+    if asked.lower() in ("last", "true"):
+        places = [output_dir, *output_dir.glob(f"{model_type or '*'}/v*")]
+        found = [path for place in places for _, path in checkpoint_steps(place)]
+        if not found:
+            raise CheckpointError(
+                f"--resume_from_checkpoint last: no checkpoint in {output_dir}",
+                "Name a checkpoint folder, or leave it out to start anew.",
+            )
+        return max(found, key=lambda path: (path / TRAINER_STATE).stat().st_mtime_ns)
+    folder = Path(asked).expanduser()
+    steps = checkpoint_steps(folder)
+    checkpoint = steps[-1][1] if steps else folder
+    if not (checkpoint / TRAINER_STATE).is_file():
+        raise CheckpointError(
+            f"--resume_from_checkpoint {asked}: {checkpoint} is no checkpoint that can be resumed",
+            f"It needs {TRAINER_STATE}, which --save_only_model leaves out.",
+        )
+    return checkpoint
+
+
+def with_saved_options(args: SftArgs) -> SftArgs:
+    """Return the options of a resumed run: as given now, and otherwise as the run was told before."""
+    asked = args.train.resume_from_checkpoint
+    if asked is None:
+        return args
+    checkpoint = find_resumed(asked, Path(args.run.output_dir).expanduser(), args.model.model_type)
+    saved = read_json(checkpoint / SETTINGS) if (checkpoint / SETTINGS).is_file() else {}
+    groups: dict[str, dict[str, Any]] = {}
+    names = set(saved.get("explicit", ()))
+    for option in options_of(SftArgs):
+        if option.name in names - FREE - args.explicit and option.group is not None:
+            groups.setdefault(option.group, {})[option.name] = saved["options"][option.group][option.name]
+    changed = {group: replace(getattr(args, group), **values) for group, values in groups.items()}
+    train = replace(changed.get("train", args.train), resume_from_checkpoint=str(checkpoint.resolve()))
+    return replace(args, **{**changed, "train": train}, explicit=args.explicit | (names - FREE))

@@ -1,0 +1,133 @@
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from mmtool.errors import CheckpointError, MMToolError
+from mmtool.finetuned import TRAINER_STATE, checkpoint_steps, open_finetuned
+from mmtool.sft.checkpoint import copy_other_files, discard, record, rotate, tidy, whole_or_not
+from mmtool.sft.places import find_resumed, run_folder
+
+
+def nothing() -> None:
+    pass
+
+
+def make(run: Path, step: int, resumable: bool = True) -> Path:
+    with whole_or_not(run / f"checkpoint-{step}", True, nothing) as folder:
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+        if resumable:
+            (folder / TRAINER_STATE).write_text("{}")
+    return run / f"checkpoint-{step}"
+
+
+def test_a_checkpoint_appears_when_it_is_whole(tmp_path: Path) -> None:
+    with whole_or_not(tmp_path / "checkpoint-5", True, nothing) as folder:
+        (folder / "weights").write_text("half")
+        assert checkpoint_steps(tmp_path) == []
+    assert [step for step, _ in checkpoint_steps(tmp_path)] == [5]
+    assert (tmp_path / "checkpoint-5" / "weights").read_text() == "half"
+
+
+def test_a_kill_while_saving_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_or_not(tmp_path / "checkpoint-5", True, nothing) as folder:
+        (folder / "weights").write_text("half")
+        raise KeyboardInterrupt
+    assert checkpoint_steps(tmp_path) == []
+    assert list(tmp_path.iterdir()) != []
+    tidy(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_that_names_the_last_good_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    with pytest.raises(MMToolError) as caught, whole_or_not(tmp_path / "checkpoint-10", True, nothing) as folder:
+        (folder / "weights").write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "No space left on device" in caught.value.message
+    assert "checkpoint-5 is intact" in (caught.value.hint or "")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_another_error_while_saving_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="a bug"), whole_or_not(tmp_path / "checkpoint-1", True, nothing):
+        raise RuntimeError("a bug")
+
+
+def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
+    make(tmp_path, 5)
+    make(tmp_path, 5, resumable=False)
+    assert not (tmp_path / "checkpoint-5" / TRAINER_STATE).exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_old_checkpoints_go_and_the_best_one_stays(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 100):
+        make(tmp_path, step)
+    rotate(tmp_path, 2, tmp_path / "checkpoint-5")
+    assert [step for step, _ in checkpoint_steps(tmp_path)] == [5, 15, 100]
+    rotate(tmp_path, 0, None)
+    assert len(checkpoint_steps(tmp_path)) == 3
+    discard(tmp_path / "checkpoint-15")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-100", "checkpoint-5"]
+
+
+def test_runs_are_numbered(tmp_path: Path) -> None:
+    assert run_folder(tmp_path, "tiny", True, "now") == tmp_path / "tiny" / "v0-now"
+    for name in ("v0-then", "v9-then", "v10-then", "vx"):
+        (tmp_path / "tiny" / name).mkdir(parents=True)
+    assert run_folder(tmp_path, "tiny", True, "now").name == "v11-now"
+    assert run_folder(tmp_path, "tiny", False, "now") == tmp_path
+
+
+def test_last_means_the_newest_checkpoint_of_the_newest_run(tmp_path: Path) -> None:
+    old, new = tmp_path / "tiny" / "v0-x", tmp_path / "tiny" / "v1-y"
+    for index, (run, step) in enumerate(((old, 50), (new, 5), (new, 10))):
+        os.utime(make(run, step) / TRAINER_STATE, ns=(index * 10**9, index * 10**9))
+    (tmp_path / "tiny" / "v2-empty").mkdir()
+    assert find_resumed("last", tmp_path, "tiny") == new / "checkpoint-10"
+    assert find_resumed(str(old), tmp_path, "tiny") == old / "checkpoint-50"
+    assert find_resumed(str(new / "checkpoint-5"), tmp_path, "tiny") == new / "checkpoint-5"
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        find_resumed("last", tmp_path, "tiny")
+    path = make(tmp_path, 5, resumable=False)
+    with pytest.raises(CheckpointError, match="is no checkpoint that can be resumed"):
+        find_resumed(str(path), tmp_path, "tiny")
+
+
+def test_a_run_folder_opens_at_its_best_checkpoint(tmp_path: Path) -> None:
+    for step in (5, 10):
+        make(tmp_path, step)
+    assert open_finetuned(tmp_path).folder.name == "checkpoint-10"
+    record(tmp_path, tmp_path / "checkpoint-10", tmp_path / "checkpoint-5", 0.5)
+    assert json.loads((tmp_path / "checkpoints.json").read_text())["best_eval_loss"] == 0.5
+    opened = open_finetuned(tmp_path)
+    assert (opened.folder.name, opened.is_adapter) == ("checkpoint-5", True)
+    assert opened.options == {"model_id_or_path": "base"}
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="neither adapter_config"):
+        open_finetuned(tmp_path)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_finetuned(tmp_path / "gone")
+
+
+def test_other_files_of_a_model_come_along(tmp_path: Path) -> None:
+    source, target = tmp_path / "base", tmp_path / "new"
+    for name in ("tokenizer.model", "config.json", "model.safetensors", "vit/x/config.json", "vit/x/pytorch_model.bin"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("base")
+    for name in ("model.safetensors.index.json", "modeling.py", "README.md", ".git/config"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("base")
+    target.mkdir()
+    (target / "config.json").write_text("trained")
+    copy_other_files(source, target)
+    found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    assert found == {"tokenizer.model": "base", "config.json": "trained", "vit/x/config.json": "base"}

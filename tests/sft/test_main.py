@@ -1,0 +1,306 @@
+"""`mmtool sft` in this process: what it writes, going on exactly, and what it does when something goes wrong."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from mmtool.args import InferArgs, SftArgs
+from mmtool.data.train import EncodedRows
+from mmtool.errors import DataError, MMToolError
+from mmtool.finetuned import attach_adapter, checkpoint_steps, open_finetuned
+from mmtool.infer.main import infer_main
+from mmtool.loader import load_model, open_folder
+from mmtool.options import read_args
+from mmtool.sft import trainer as trainer_module
+from mmtool.sft.learner import Learner
+from mmtool.sft.main import sft_main
+from mmtool.sft.places import with_saved_options
+from mmtool.sft.progress import Progress, read_log
+from mmtool.sft.trainer import SftTrainer
+
+Make = Callable[..., SftArgs]
+
+
+def losses(run: Path, name: str = "loss") -> dict[int, float]:
+    return {line["step"]: line[name] for line in read_log(run / "logging.jsonl") if name in line}
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    found = [load_file(path) for path in sorted(checkpoint.rglob("*.safetensors"))]
+    return {name: tensor for file in found for name, tensor in file.items()}
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.fixture(scope="module")
+def ran(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps with dropout and evaluations, checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("ran")
+    words = ["--dataset", str(data_file), "--dataset_test_ratio", "0.2", "--max_steps", "4", "--save_steps", "2"]
+    words += ["--logging_steps", "1", "--batch_size", "4", "--output_dir", str(folder), "--add_output_dir_suffix=false"]
+    words += ["--lora_dropout", "0.1", "--dataloader_num_workers", "1"]
+    sft_main(read_args(SftArgs, words, "mmtool sft"))
+    return folder
+
+
+def test_a_run_leaves_what_the_docs_say(ran: Path) -> None:
+    names = {path.name for path in ran.iterdir()}
+    assert names >= {
+        "sft_args.json",
+        "logging.jsonl",
+        "runs",
+        "images",
+        "checkpoints.json",
+        "val_dataset.jsonl",
+        "data",
+    }
+    assert [step for step, _ in checkpoint_steps(ran)] == [2, 4]
+    assert set(losses(ran)) == {1, 2, 3, 4}
+    assert set(losses(ran, "eval_loss")) == {2, 4}
+    assert {path.name for path in (ran / "images").iterdir()} >= {"loss.png", "eval_loss.png", "learning_rate.png"}
+    assert json.loads((ran / "checkpoints.json").read_text())["last"] == "checkpoint-4"
+    assert json.loads((ran / "sft_args.json").read_text())["infer"]["model_type"] == "tiny"
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_going_on_gives_the_same_losses_and_weights_to_the_last_bit(ran: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    shutil.copytree(ran, again)
+    shutil.rmtree(again / "checkpoint-4")
+    words = ["--resume_from_checkpoint", str(again)]
+    sft_main(with_saved_options(read_args(SftArgs, words, "mmtool sft")))
+    assert losses(again) == losses(ran)
+    assert losses(again, "eval_loss") == losses(ran, "eval_loss")
+    assert_equal(weights(again / "checkpoint-4"), weights(ran / "checkpoint-4"))
+
+
+def test_full_weights_go_on_exactly_as_well(sft_args: Make, tmp_path: Path) -> None:
+    options = {"sft_type": "full", "max_steps": 3, "save_steps": 1, "save_total_limit": 0, "learning_rate": 1e-4}
+    sft_main(sft_args(**options))
+    run, again = tmp_path / "run", tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoint-2")
+    shutil.rmtree(again / "checkpoint-3")
+    sft_main(sft_args(**options, output_dir=str(again), resume_from_checkpoint=str(again / "checkpoint-1")))
+    assert losses(again) == losses(run)
+    assert_equal(weights(again / "checkpoint-3"), weights(run / "checkpoint-3"))
+    spec, folder = open_folder(None, run / "checkpoint-3")
+    assert spec.model_type == "tiny"
+    model, _ = load_model(spec, folder)
+    base, _ = load_model(*open_folder("tiny"))
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, base.get_parameter(name))}
+    assert changed
+    assert not [name for name in changed if "vision_tower" in name]
+
+
+def test_the_adapter_loads_with_plain_peft_and_with_ours(ran: Path) -> None:
+    ids = torch.arange(5, 25).unsqueeze(0)
+    folder = ran / "checkpoint-4"
+    with torch.no_grad():
+        base, _ = load_model(*open_folder("tiny"))
+        before = base(input_ids=ids).logits
+        plain = PeftModel.from_pretrained(load_model(*open_folder("tiny"))[0], folder).eval()(input_ids=ids).logits
+        ours = attach_adapter(load_model(*open_folder("tiny"))[0], folder)(input_ids=ids).logits
+        merged = attach_adapter(load_model(*open_folder("tiny"))[0], folder, merge=True)(input_ids=ids).logits
+    assert torch.equal(ours, plain)
+    assert not torch.equal(ours, before)
+    torch.testing.assert_close(merged, ours, atol=1e-4, rtol=0)
+
+
+def test_infer_answers_the_rows_that_the_run_kept(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    result = tmp_path / "answers.jsonl"
+    words = ["--ckpt_dir", str(ran), "--load_dataset_config", "true", "--result_path", str(result)]
+    infer_main(read_args(InferArgs, [*words, "--max_new_tokens", "2"], "mmtool infer"))
+    answers = [json.loads(line) for line in result.read_text(encoding="utf-8").splitlines()]
+    kept = (ran / "val_dataset.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == len(kept) == 3
+    assert all(answer["label"] and answer["response"] is not None for answer in answers)
+
+
+def test_a_checkpoint_knows_its_system_text(sft_args: Make, tmp_path: Path) -> None:
+    sft_main(sft_args(system="Be brief.", max_steps=1))
+    finetuned = open_finetuned(tmp_path / "run")
+    args = read_args(InferArgs, ["--ckpt_dir", str(tmp_path / "run")], "mmtool infer")
+    finetuned.fill(args.template, args.explicit)
+    assert args.template.system == "Be brief."
+    args = read_args(InferArgs, ["--system", "", "--ckpt_dir", str(tmp_path / "run")], "mmtool infer")
+    finetuned.fill(args.template, args.explicit)
+    assert args.template.system == ""
+
+
+def test_packed_rows_and_named_modules_train(sft_args: Make, tmp_path: Path) -> None:
+    sft_main(sft_args(packing=True, max_length=256, modules_to_save=["lm_head"], tune_vision_proj="true"))
+    saved = weights(tmp_path / "run" / "checkpoint-2")
+    assert any("lm_head" in name for name in saved)
+    assert any("multi_modal_projector" in name for name in saved)
+
+
+def test_evaluations_that_get_no_better_end_the_run(
+    sft_args: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(self: SftTrainer, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = {"eval_loss": {2: 1.0, 3: 0.5}.get(self.state.global_step, 2.0)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(SftTrainer, "evaluate", evaluate)
+    options = {"early_stop": 2, "max_steps": 9, "save_steps": 1, "dataset_test_ratio": 0.2, "save_total_limit": 1}
+    sft_main(sft_args(**options))
+    assert max(losses(tmp_path / "run")) == 5
+    assert [step for step, _ in checkpoint_steps(tmp_path / "run")] == [3, 5], "the best and the last"
+    assert open_finetuned(tmp_path / "run").folder.name == "checkpoint-3"
+
+
+# When something goes wrong ------------------------------------------------------------------------------------------
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
+    """Do something at the end of a step."""
+    before = Progress.on_step_end
+
+    def on_step_end(self: Progress, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        before(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            action()
+
+    monkeypatch.setattr(Progress, "on_step_end", on_step_end)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_ends(
+    sft_args: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    at_step(monkeypatch, 1, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(KeyboardInterrupt):
+        sft_main(sft_args(max_steps=5))
+    assert [step for step, _ in checkpoint_steps(tmp_path / "run")] in ([1], [2])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(
+    sft_args: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = trainer_module.save_model
+
+    def fail_later(learner: Learner, folder: Path, *args: Any, **kwargs: Any) -> None:
+        save(learner, folder, *args, **kwargs)
+        if "checkpoint-2" in folder.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(trainer_module, "save_model", fail_later)
+    with pytest.raises(MMToolError, match="No space left on device"):
+        sft_main(sft_args(save_steps=1, max_steps=3))
+    assert [step for step, _ in checkpoint_steps(tmp_path / "run")] == [1]
+    assert weights(tmp_path / "run" / "checkpoint-1")
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, passes: set[int]) -> list[int]:
+    """Make the loss of some passes no number."""
+    forward, seen = Learner.forward, []
+
+    def spoiled(self: Learner, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        output = forward(self, *args, **kwargs)
+        seen.append(len(seen) + 1)
+        return {"loss": output["loss"] * float("nan"), "total": output["total"]} if seen[-1] in passes else output
+
+    monkeypatch.setattr(Learner, "forward", spoiled)
+    return seen
+
+
+def test_a_loss_that_is_no_number_is_left_out(
+    sft_args: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = spoil(monkeypatch, {2})
+    sft_main(sft_args(save_steps=1, max_steps=3, learning_rate=1e-3))
+    assert len(seen) == 3
+    run = tmp_path / "run"
+    assert_equal(weights(run / "checkpoint-2"), weights_of_step(run, 1) or weights(run / "checkpoint-2"))
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run / "checkpoint-3").values())
+    told = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
+    assert len(told) == 1
+    assert "rows.jsonl:" in told[0]
+
+
+def weights_of_step(run: Path, step: int) -> dict[str, torch.Tensor] | None:
+    folder = run / f"checkpoint-{step}"
+    return weights(folder) if folder.is_dir() else None
+
+
+def test_losses_that_stay_no_numbers_end_the_run(sft_args: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil(monkeypatch, set(range(100)))
+    with pytest.raises(MMToolError, match="the loss is not a finite number at step 5 in 5 steps in a row"):
+        sft_main(sft_args(max_steps=9))
+
+
+@pytest.fixture
+def with_gap(data_file: Path, tmp_path: Path) -> Path:
+    """The rows, one of them with a picture that is not there."""
+    rows = [json.loads(line) for line in data_file.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        row["images"] = [str(data_file.parent / image) for image in row.get("images", [])]
+    rows[3]["images"] = [str(tmp_path / "gone.png")]
+    path = tmp_path / "gap.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_picture_that_is_gone_in_mid_epoch_is_left_out(
+    sft_args: Make, with_gap: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sft_main(sft_args(dataset=[str(with_gap)], check_dataset="off", batch_size=9))
+    assert any("gap.jsonl:4" in record.getMessage() for record in caplog.records)
+
+
+def test_or_it_ends_the_run_with_a_checkpoint(sft_args: Make, with_gap: Path, tmp_path: Path) -> None:
+    options = {"dataset": [str(with_gap)], "check_dataset": "off", "batch_size": 9, "on_row_error": "stop"}
+    with pytest.raises(DataError, match=r"gap\.jsonl:4"):
+        sft_main(sft_args(**options, max_steps=5))
+    assert len(checkpoint_steps(tmp_path / "run")) == 1
+
+
+def test_a_dead_data_process_ends_the_run_with_a_checkpoint(
+    sft_args: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, asked = EncodedRows.__getitem__, []
+
+    def die(self: EncodedRows, index: int) -> dict[str, Any]:
+        asked.append(index)
+        if len(asked) > 8:
+            os._exit(9)
+        return get(self, index)
+
+    monkeypatch.setattr(EncodedRows, "__getitem__", die)
+    with pytest.raises(MMToolError, match="a process that loads data has died"):
+        sft_main(sft_args(max_steps=9, dataloader_num_workers=1))
+    assert checkpoint_steps(tmp_path / "run")  # of the last step that was done, and maybe of one before
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"resume_from_checkpoint": "last"}, "no checkpoint in"),
+        ({"deepspeed": "default-zero4"}, "neither one of ours nor a file"),
+        ({"fsdp": "full_shard"}, "--fsdp full_shard needs several processes"),
+        ({"training_args": ["adam_beta3=0.9"]}, "has no such field"),
+        ({"training_args": ["lr_scheduler_kwargs=7", "optim=best"]}, "transformers refuses"),
+        ({"tune_audio_encoder": "true"}, "this model has no such part"),
+        ({"quantization_bit": "4"}, "needs the package bitsandbytes"),
+    ],
+)
+def test_what_cannot_be_is_told_in_one_line(sft_args: Make, changed: dict[str, Any], said: str) -> None:
+    with pytest.raises(MMToolError, match=said):
+        sft_main(sft_args(**changed))
