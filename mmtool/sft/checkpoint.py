@@ -172,7 +172,7 @@ def save_model(
 
 
 def _on_its_own(tensor: Tensor) -> Tensor:
-    """Return a tensor that is no piece of a larger one: DeepSpeed lays parameters side by side, which cannot be saved."""
+    """Return a tensor that is no piece of a larger one: DeepSpeed lays parameters side by side in one."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole else tensor.detach().to("cpu", copy=True).contiguous()
 
