@@ -52,7 +52,7 @@ class ModelArgs:
 
 
 @dataclass(kw_only=True)
-class TemplateArgs:
+class PromptArgs:
     """Prompt"""
 
     system: str | None = opt(None, "System text. Default: the template's own; an empty text means none.")
@@ -64,14 +64,20 @@ class TemplateArgs:
         "A conversation over --max_length: drop the row, cut its oldest positions (never inside a picture), or stop.",
     )
     template_kwargs: dict[str, Any] | None = opt(None, "More settings of the template.", metavar="JSON")
-    show_prompt: bool = opt(False, "Print what the model really sees, with media spans and control tokens, to stderr.")
 
     def __post_init__(self) -> None:
         _require(self.max_length is None or self.max_length > 0, "max_length", self.max_length, "a number above 0")
 
 
 @dataclass(kw_only=True)
-class GenerationArgs:
+class TemplateArgs(PromptArgs):
+    """Prompt"""
+
+    show_prompt: bool = opt(False, "Print what the model really sees, with media spans and control tokens, to stderr.")
+
+
+@dataclass(kw_only=True)
+class SamplingArgs:
     """Generation (defaults come with the model)"""
 
     max_new_tokens: int | None = opt(None, "Most tokens in one answer.")
@@ -86,7 +92,6 @@ class GenerationArgs:
     num_beams: int = opt(1, "Only 1; beam search is not supported: it cannot stream and multiplies the KV cache.")
     stop_words: list[str] = opt([], "Texts that end the answer, beside those of the template.")
     seed: int | None = opt(None, "Seed of sampling: the same seed gives the same answer, alone or in a batch.")
-    stream: bool = opt(True, "Print the answer while it is being made.")
 
     def __post_init__(self) -> None:
         length, penalty = self.max_new_tokens, self.repetition_penalty
@@ -110,6 +115,13 @@ class GenerationArgs:
             self.do_sample = False
         elif self.do_sample is None and any(value is not None for value in (self.temperature, self.top_p, self.top_k)):
             self.do_sample = True
+
+
+@dataclass(kw_only=True)
+class GenerationArgs(SamplingArgs):
+    """Generation (defaults come with the model)"""
+
+    stream: bool = opt(True, "Print the answer while it is being made.")
 
 
 def _unset_or(value: float | None, valid: Any) -> bool:
@@ -432,7 +444,7 @@ class CommandArgs:
 
 
 @dataclass(kw_only=True)
-class CheckpointArgs:
+class TunedArgs:
     """What `mmtool sft` left"""
 
     ckpt_dir: str | None = opt(
@@ -442,6 +454,16 @@ class CheckpointArgs:
         aliases=("adapters",),
     )
     merge_lora: bool = opt(False, "Fold the adapter into the weights in memory: answers come a little faster.")
+
+    def __post_init__(self) -> None:
+        if self.merge_lora and self.ckpt_dir is None:
+            raise MMToolError("--merge_lora true needs --ckpt_dir", "Give a checkpoint folder of `mmtool sft`.")
+
+
+@dataclass(kw_only=True)
+class CheckpointArgs(TunedArgs):
+    """What `mmtool sft` left"""
+
     load_dataset_config: bool = opt(
         False,
         "Answer the rows that the run kept to evaluate on; --val_dataset_sample and so on apply.",
@@ -449,9 +471,55 @@ class CheckpointArgs:
     )
 
     def __post_init__(self) -> None:
-        for name in ("merge_lora", "load_dataset_config"):
-            if getattr(self, name) and self.ckpt_dir is None:
-                raise MMToolError(f"--{name} true needs --ckpt_dir", "Give a checkpoint folder of `mmtool sft`.")
+        super().__post_init__()
+        if self.load_dataset_config and self.ckpt_dir is None:
+            raise MMToolError("--load_dataset_config true needs --ckpt_dir", "Give a checkpoint of `mmtool sft`.")
+
+
+@dataclass(kw_only=True)
+class VllmArgs:
+    """vLLM (with --infer_backend vllm)"""
+
+    tensor_parallel_size: int = opt(1, "GPUs that share the model.")
+    gpu_memory_utilization: float | None = opt(None, "Share of a GPU's memory to take. Default: vLLM's own.")
+    vllm_args: dict[str, Any] | None = opt(
+        None, 'More settings of vLLM, by their names in its EngineArgs, as in {"enforce_eager": true}.', metavar="JSON"
+    )
+
+    def __post_init__(self) -> None:
+        share = self.gpu_memory_utilization
+        _require(self.tensor_parallel_size > 0, "tensor_parallel_size", self.tensor_parallel_size, "a number above 0")
+        valid = _unset_or(share, lambda x: 0 < x <= 1)
+        _require(valid, "gpu_memory_utilization", share, "a number above 0, at most 1")
+
+    def check_backend(self, backend: str, model: ModelArgs, merge_lora: bool) -> None:
+        """Refuse options that say something about another engine than ``backend``."""
+        if backend != "vllm":
+            for name in ("gpu_memory_utilization", "vllm_args"):
+                if getattr(self, name) is not None:
+                    raise MMToolError(f"--{name} needs --infer_backend vllm", "Add it, or leave it out.")
+            if self.tensor_parallel_size > 1:
+                raise MMToolError("--tensor_parallel_size needs --infer_backend vllm", "Or use --device_map auto.")
+            return
+        for name in ("device_map", "attn_impl", "model_kwargs"):
+            if getattr(model, name) is not None:
+                raise MMToolError(f"--{name} is not for --infer_backend vllm", "Leave it out; see --vllm_args.")
+        if merge_lora:
+            raise MMToolError(
+                "--merge_lora true is not for --infer_backend vllm",
+                "Merge with `mmtool export --merge_lora true`, or leave it out: vLLM adds the adapter to each request.",
+            )
+
+
+@dataclass(kw_only=True)
+class InferVllmArgs(VllmArgs):
+    """vLLM (with --infer_backend vllm)"""
+
+    max_model_len: int | None = opt(None, "Most positions of a prompt and its answer. Default: the model's own limit.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(_unset_or(self.max_model_len, lambda n: n > 1), "max_model_len", self.max_model_len, "2 or more")
 
 
 @dataclass(kw_only=True)
@@ -464,7 +532,10 @@ class InferArgs(CommandArgs):
     generation: GenerationArgs = field(default_factory=GenerationArgs)
     input: InputArgs = field(default_factory=InputArgs)
     data: InferDataArgs = field(default_factory=InferDataArgs)
-    infer_backend: Literal["AUTO", "pt"] = opt("AUTO", "Engine that generates; AUTO takes the one that fits.")
+    vllm: InferVllmArgs = field(default_factory=InferVllmArgs)
+    infer_backend: Literal["AUTO", "pt", "vllm"] = opt(
+        "AUTO", "Engine that generates: pt is mmtool's own, which AUTO takes as well; vllm needs that package."
+    )
 
     def __post_init__(self) -> None:
         if self.input.query is not None and self.data.val_dataset is not None:
@@ -474,6 +545,7 @@ class InferArgs(CommandArgs):
             raise MMToolError(f"--load_dataset_config true and --{other} exclude each other", "Leave one of them out.")
         if not self.checkpoint.load_dataset_config:
             self.data.check_dataset_given()
+        self.vllm.check_backend(self.infer_backend, self.model, self.checkpoint.merge_lora)
 
 
 @dataclass(kw_only=True)
@@ -497,6 +569,251 @@ class SftArgs(CommandArgs):
 
 
 @dataclass(kw_only=True)
+class ExportModelArgs(ModelArgs):
+    """Model"""
+
+    dtype: Literal["AUTO", "fp32", "bf16", "fp16"] = opt(
+        "AUTO", "Number format of the written weights; AUTO keeps that of the model.", aliases=("torch_dtype",)
+    )
+
+
+@dataclass(kw_only=True)
+class ExportSourceArgs:
+    """What is exported (without these: the model itself)"""
+
+    ckpt_dir: str | None = opt(
+        None, "Checkpoint of `mmtool sft`, or run folder (its best one); it knows its model.", metavar="FOLDER"
+    )
+    adapters: list[str] = opt(
+        [],
+        "Several LoRA checkpoints of one model and how much each counts, as in a/checkpoint-9:0.7 b/checkpoint-9:0.3.",
+        metavar="FOLDER[:WEIGHT] ...",
+    )
+    merge_lora: bool = opt(False, "Fold the adapter into the weights.")
+
+    def __post_init__(self) -> None:
+        if self.ckpt_dir is not None and self.adapters:
+            raise MMToolError("--ckpt_dir and --adapters exclude each other", "Name every checkpoint with --adapters.")
+        if self.merge_lora and self.ckpt_dir is None and not self.adapters:
+            raise MMToolError("--merge_lora true needs --ckpt_dir", "Give a checkpoint folder of `mmtool sft`.")
+        if self.adapters and not self.merge_lora:
+            raise MMToolError("--adapters needs --merge_lora true", "Add it: several adapters become one model.")
+
+
+@dataclass(kw_only=True)
+class ExportOutputArgs:
+    """What is written"""
+
+    output_dir: str | None = opt(
+        None, "Folder to write. Default: the source's with -merged, -bf16, -torchao-int8 and so on.", metavar="FOLDER"
+    )
+    overwrite: bool = opt(False, "Replace the folder if it exists.")
+    to_safetensors: bool = opt(False, "Convert .bin weights, so that later loads are mapped.")
+    max_shard_size: str = opt("5GB", "Largest weight file.", metavar="SIZE")
+    verify: bool = opt(True, "Load what was written and compare it with the source; nothing is left if it fails.")
+    to_gguf: bool = opt(False, "Write one .gguf file for llama.cpp.")
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] = opt("f16", "Number format of the matrices in a .gguf file.")
+
+
+@dataclass(kw_only=True)
+class QuantArgs:
+    """Quantisation (of the language model; towers and projectors stay as they are)"""
+
+    quant_method: Literal["bnb", "torchao", "gptq", "awq"] | None = opt(
+        None, "Library: bnb (bitsandbytes), torchao, gptq (GPTQModel) or awq (GPTQModel, too)."
+    )
+    quant_bits: Literal["4", "8"] = opt("4", "Bits per weight.")
+    quant_group_size: int | None = opt(
+        None, "Weights that share a scale. Default: 128, or what fits; for 8 bit torchao a whole row."
+    )
+    quant_parts: list[str] = opt([], "Parts to quantise. Default: llm.", metavar="PART ...")
+    quant_modules_to_not_convert: list[str] = opt([], "Layers that stay as they are, too.", metavar="NAME ...")
+    dataset: list[str] = opt([], "Rows to calibrate on (gptq, awq) and to compare answers on.", metavar="FILE|NAME ...")
+    quant_n_samples: int = opt(128, "How many rows to calibrate on.")
+    quant_seqlen: int = opt(2048, "Longest row to calibrate on, in positions.")
+
+    def __post_init__(self) -> None:
+        _require(self.quant_n_samples > 0, "quant_n_samples", self.quant_n_samples, "a number above 0")
+        _require(self.quant_seqlen > 0, "quant_seqlen", self.quant_seqlen, "a number above 0")
+        size = self.quant_group_size
+        _require(size is None or size > 0 or size == -1, "quant_group_size", size, "a number above 0, or -1 for a row")
+
+
+@dataclass(kw_only=True)
+class PushArgs:
+    """Publishing"""
+
+    push_to_hub: bool = opt(False, "Upload what was written, with a model card.")
+    hub_model_id: str | None = opt(None, "Repository to upload to, owner/name; it is made if it is not there.")
+    hub_token: str | None = opt(None, "Access token. Default: the one that the hub's own tools have stored.")
+    hub_private_repo: bool = opt(False, "Make the repository a private one.")
+    push_hub: Literal["hf", "ms"] | None = opt(None, "Hub to upload to. Default: that of --hub.")
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and self.hub_model_id is None:
+            raise MMToolError("--push_to_hub true needs --hub_model_id", "Name one: --hub_model_id owner/name.")
+        if self.hub_model_id is not None:
+            if not self.push_to_hub:
+                raise MMToolError("--hub_model_id needs --push_to_hub true", "Add it, or leave --hub_model_id out.")
+            owner, _, name = self.hub_model_id.partition("/")
+            if not owner or not name or "/" in name:
+                raise MMToolError(f"--hub_model_id {self.hub_model_id} is not owner/name", "Write it like me/my-model.")
+
+
+@dataclass(kw_only=True)
+class ExportArgs(CommandArgs):
+    """Export"""
+
+    model: ExportModelArgs = field(default_factory=ExportModelArgs)
+    source: ExportSourceArgs = field(default_factory=ExportSourceArgs)
+    output: ExportOutputArgs = field(default_factory=ExportOutputArgs)
+    quant: QuantArgs = field(default_factory=QuantArgs)
+    push: PushArgs = field(default_factory=PushArgs)
+
+    def __post_init__(self) -> None:
+        kinds = {
+            "to_gguf true": self.output.to_gguf,
+            f"quant_method {self.quant.quant_method}": self.quant.quant_method,
+        }
+        asked = [name for name, value in kinds.items() if value]
+        if len(asked) > 1:
+            raise MMToolError(f"--{asked[0]} and --{asked[1]} exclude each other", "Export twice.")
+        if not self.writes and not self.push.push_to_hub:
+            raise MMToolError(
+                "nothing to export was asked for",
+                "Add --merge_lora true, --to_safetensors true, --dtype bf16, --quant_method or --to_gguf true.",
+            )
+        if self.quant.quant_method is None:
+            for name in ("quant_group_size", "quant_parts", "quant_modules_to_not_convert", "dataset"):
+                if getattr(self.quant, name):
+                    raise MMToolError(f"--{name} needs --quant_method", "Add --quant_method torchao, say.")
+
+    @property
+    def writes(self) -> bool:
+        """Whether a folder is written; else one is only uploaded."""
+        output = self.output.to_safetensors or self.output.to_gguf or self.quant.quant_method is not None
+        return self.source.merge_lora or output or self.model.dtype != "AUTO"
+
+
+@dataclass(kw_only=True)
+class ServerArgs:
+    """Server"""
+
+    host: str = opt("127.0.0.1", "Address to listen at; 0.0.0.0 is every one of this machine.", metavar="ADDRESS")
+    port: int = opt(8000, "Port to listen at; 0 takes a free one and says which.")
+    api_key: list[str] = opt([], "Keys, any of which opens the server; none lets everybody in.", metavar="KEY ...")
+    api_key_file: str | None = opt(None, "File with keys, one on each line.", metavar="FILE")
+    served_model_name: list[str] = opt(
+        [], "What clients may call the model; answers have the first. Default: its type or folder.", metavar="NAME ..."
+    )
+    cors_origins: list[str] = opt(
+        [], "Web pages of these origins may ask, such as https://chat.example.com; * for all.", metavar="ORIGIN ..."
+    )
+    web_ui: bool = opt(False, "Also serve a page to chat on, at /ui (extra ui).")
+    log_requests: bool = opt(False, "Write questions and answers to the log; otherwise no text of theirs gets there.")
+    shutdown_timeout: float = opt(30.0, "Seconds that running answers get at SIGTERM before they are cut.")
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.port <= 65535, "port", self.port, "a number from 0 to 65535")
+        seconds = self.shutdown_timeout
+        _require(math.isfinite(seconds) and seconds >= 0, "shutdown_timeout", seconds, "a number from 0")
+
+
+@dataclass(kw_only=True)
+class CapacityArgs:
+    """Capacity"""
+
+    max_num_seqs: int = opt(16, "Most answers under way at once.")
+    max_model_len: int | None = opt(
+        None, "Most positions of a prompt and its answer. Default: the model's own limit, or what memory allows."
+    )
+    max_queue: int | None = opt(
+        None, "Most requests that wait; more are refused with 429. Default: four times --max_num_seqs."
+    )
+    lora_modules: list[str] = opt(
+        [], "LoRA adapters that clients choose by name as if they were models.", metavar="NAME=FOLDER ..."
+    )
+    max_request_mib: float = opt(32.0, "Largest request, in MiB.")
+    compile: bool | None = opt(
+        None, "Replay the steps of answers from CUDA graphs, recorded as they are needed. Default: on a GPU."
+    )
+    pack_weights: bool | None = opt(
+        None,
+        "Hold a second copy of the weights that several answers at once are faster with; float32 on a CPU gains. "
+        "Default: where memory allows it.",
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.max_num_seqs > 0, "max_num_seqs", self.max_num_seqs, "a number above 0")
+        _require(_unset_or(self.max_model_len, lambda n: n > 1), "max_model_len", self.max_model_len, "2 or more")
+        _require(_unset_or(self.max_queue, lambda n: n >= 0), "max_queue", self.max_queue, "a number from 0")
+        _require(0 < self.max_request_mib <= 4096, "max_request_mib", self.max_request_mib, "a number above 0")
+        names = [module.partition("=")[0] for module in self.lora_modules]
+        for module, name in zip(self.lora_modules, names, strict=True):
+            if not name or not module.partition("=")[2] or names.count(name) > 1:
+                raise MMToolError(f"--lora_modules {module} is not NAME=FOLDER", "Give each adapter a name of its own.")
+
+
+@dataclass(kw_only=True)
+class RequestMediaArgs:
+    """Pictures and sounds of requests"""
+
+    allowed_local_media_path: str | None = opt(
+        None, "Folder whose files requests may name as file:// URLs. Default: none.", metavar="FOLDER"
+    )
+    allowed_media_domains: list[str] = opt(
+        [], "Hosts that may be asked for media, such as *.example.com. Default: every public one.", metavar="HOST ..."
+    )
+    allowed_media_schemes: list[str] = opt(["https"], "URLs that are fetched: https, http.", metavar="SCHEME ...")
+    allow_private_media: bool = opt(
+        False, "The hosts of --allowed_media_domains may be on this machine or in its network."
+    )
+    max_media_per_request: int = opt(16, "Most pictures and sounds in a request.")
+    max_media_mib: float = opt(20.0, "Largest picture or sound, in MiB.")
+    max_pixels: int = opt(50_000_000, "Largest picture, width times height.")
+    media_timeout: float = opt(10.0, "Seconds for a download, from looking up the name to the last byte.")
+
+    def __post_init__(self) -> None:
+        for scheme in self.allowed_media_schemes:
+            if scheme not in ("http", "https"):
+                raise MMToolError(f"--allowed_media_schemes {scheme}: not a scheme to fetch from", "Use https or http.")
+        if self.allow_private_media and not self.allowed_media_domains:
+            raise MMToolError(
+                "--allow_private_media true needs --allowed_media_domains", "Name the hosts that may be asked."
+            )
+        count = self.max_media_per_request
+        _require(count >= 0, "max_media_per_request", count, "a number from 0")
+        _require(0 < self.max_media_mib <= 4096, "max_media_mib", self.max_media_mib, "a number above 0")
+        _require(self.max_pixels > 0, "max_pixels", self.max_pixels, "a number above 0")
+        _require(0 < self.media_timeout <= 3600, "media_timeout", self.media_timeout, "a number above 0")
+
+
+@dataclass(kw_only=True)
+class ServeArgs(CommandArgs):
+    """Engine"""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    checkpoint: TunedArgs = field(default_factory=TunedArgs)
+    template: PromptArgs = field(default_factory=PromptArgs)
+    generation: SamplingArgs = field(default_factory=SamplingArgs)
+    server: ServerArgs = field(default_factory=ServerArgs)
+    capacity: CapacityArgs = field(default_factory=CapacityArgs)
+    media: RequestMediaArgs = field(default_factory=RequestMediaArgs)
+    vllm: VllmArgs = field(default_factory=VllmArgs)
+    infer_backend: Literal["AUTO", "pt", "vllm"] = opt(
+        "AUTO", "Engine that generates: pt is mmtool's own, which AUTO takes as well; vllm needs that package."
+    )
+
+    def __post_init__(self) -> None:
+        if self.capacity.lora_modules and self.checkpoint.ckpt_dir is not None and not self.checkpoint.merge_lora:
+            raise MMToolError(
+                "--lora_modules and --ckpt_dir exclude each other",
+                "Add --merge_lora true, or give the checkpoint to --lora_modules as well.",
+            )
+        self.vllm.check_backend(self.infer_backend, self.model, self.checkpoint.merge_lora)
+
+
+@dataclass(kw_only=True)
 class ListArgs:
     """What to list"""
 
@@ -506,4 +823,5 @@ class ListArgs:
 
 
 # What `docs/generate.py` writes tables of; the keys are the names of the commands.
-COMMANDS: dict[str, type] = {"infer": InferArgs, "sft": SftArgs, "list": ListArgs}
+COMMANDS: dict[str, type] = {"infer": InferArgs, "sft": SftArgs, "export": ExportArgs, "serve": ServeArgs}
+COMMANDS |= {"list": ListArgs}

@@ -1,9 +1,9 @@
 """Make transformers' Auto classes know our models, without importing transformers before the user does.
 
 Only the public ``register`` calls of transformers are used. ``AutoConfig`` learns the names of our families as soon as
-its module is loaded, which a module finder in ``sys.meta_path`` waits for, and so does ``AutoProcessor``, which looks
-for a class by the name in a folder's files; the rest follows when a config of ours is first read. What is registered
-stands in the ``auto`` field of each ``ModelSpec``.
+its module is loaded, which a module finder in ``sys.meta_path`` waits for, and so do ``AutoProcessor`` and
+``AutoImageProcessor``, which look for a class by the name in a folder's files; the rest follows when a config of ours
+is first read. What is registered stands in the ``auto`` field of each ``ModelSpec``.
 """
 
 from __future__ import annotations
@@ -125,9 +125,19 @@ def _register_processors(processing_auto: ModuleType) -> None:
             processing_auto.AutoProcessor.register(key, _StandIn(classes.processor_class), exist_ok=True)
 
 
+def _register_image_processors(image_processing_auto: ModuleType) -> None:
+    for classes in families():
+        if classes.image_processor_class is not None:
+            # Not through AutoImageProcessor.register: it asks for a real class, which would have to be loaded for that.
+            image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
+                _StandIn(classes.config_class), {"pil": _StandIn(classes.image_processor_class)}, exist_ok=True
+            )
+
+
 _REGISTER = {
     f"{_AUTO}configuration_auto": _register_configs,
     f"{_AUTO}processing_auto": _register_processors,
+    f"{_AUTO}image_processing_auto": _register_image_processors,
 }
 
 

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from mmtool import __version__, log
-from mmtool.args import InferArgs, ListArgs, SftArgs
+from mmtool.args import ExportArgs, InferArgs, ListArgs, ServeArgs, SftArgs
 from mmtool.errors import MMToolError
 from mmtool.options import HELP_NAMES, TRUE, command
 from mmtool.utils import collection_paused, did_you_mean
@@ -85,6 +85,24 @@ def sft(args: SftArgs) -> None:
     """Fine-tune a model on your own data."""
     log.setup(args.log.log_level, verbose=args.log.verbose)
     from mmtool.sft.launch import start
+
+    start(args)
+
+
+@command(app)
+def export(args: ExportArgs) -> None:
+    """Merge adapters, convert, quantise, publish."""
+    log.setup(args.log.log_level, verbose=args.log.verbose)
+    from mmtool.export.main import export_main
+
+    export_main(args)
+
+
+@command(app)
+def serve(args: ServeArgs) -> None:
+    """Answer over HTTP, with OpenAI's interface."""
+    log.setup(args.log.log_level, verbose=args.log.verbose)
+    from mmtool.serve.launch import start
 
     start(args)
 

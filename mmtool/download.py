@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import urllib.parse
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import requests
@@ -21,12 +22,28 @@ if TYPE_CHECKING:
 MAX_REDIRECTS = 3
 _CHUNK = 64 * 1024
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+# Networks for special purposes that some versions of Python take for public ones.
+_SPECIAL = [
+    ipaddress.ip_network(text)
+    for text in (
+        *("192.0.0.0/24", "192.88.99.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.175.48.0/24"),
+        *("64:ff9b:1::/48", "100::/64", "2001::/23", "2620:4f:8000::/48", "3fff::/20", "5f00::/16", "fec0::/10"),
+    )
+]
 _CHECK = "Check the URL, or download it and give the path."
 # Some hosts refuse the name that requests would give.
 _HEADERS = {"User-Agent": "mmtool", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 
 
-def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = True) -> bytes:
+def fetch(
+    url: str,
+    *,
+    timeout: float,
+    max_bytes: int,
+    allow_private: bool = True,
+    schemes: Collection[str] = ("http", "https"),
+    domains: Collection[str] | None = None,
+) -> bytes:
     """Return the body of ``url``.
 
     Args:
@@ -35,11 +52,23 @@ def fetch(url: str, *, timeout: float, max_bytes: int, allow_private: bool = Tru
         max_bytes: most bytes of the body.
         allow_private: whether addresses that are not public are fine. If not, each name is looked up once, all its
             addresses are checked, the connection goes to one of these, and proxies of the environment are not used.
+        schemes: what URLs may begin with, those of redirects too.
+        domains: hosts that may be asked, also after a redirect: names, addresses, ``*.example.com`` for all names below
+            one. None is any host.
 
     Raises:
         MediaError: with the reason; the message does not name the URL.
     """
-    return _Download(url, timeout, max_bytes, allow_private).run()
+    return _Download(url, timeout, max_bytes, allow_private, schemes, domains).run()
+
+
+def is_listed(host: str, domains: Collection[str]) -> bool:
+    """Tell whether a host is one of ``domains``, which may begin with ``*.``; case and a last dot do not count."""
+    host = host.lower().rstrip(".")
+    for domain in map(str.lower, domains):
+        if host == domain.strip("[]") or (domain.startswith("*.") and host.endswith(domain[1:])):
+            return True
+    return False
 
 
 def is_public(address: str) -> bool:
@@ -51,6 +80,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+    if any(ip in network for network in _SPECIAL if network.version == ip.version):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_link_local or ip.is_loopback)
 
 
@@ -61,8 +92,17 @@ class _Download:
     caller waits for the thread until the deadline and no longer; shutting the sockets then ends the thread too.
     """
 
-    def __init__(self, url: str, timeout: float, max_bytes: int, allow_private: bool) -> None:
+    def __init__(
+        self,
+        url: str,
+        timeout: float,
+        max_bytes: int,
+        allow_private: bool,
+        schemes: Collection[str],
+        domains: Collection[str] | None,
+    ) -> None:
         self.url, self.timeout, self.max_bytes, self.allow_private = url, timeout, max_bytes, allow_private
+        self.schemes, self.domains = schemes, domains
         self.deadline = time.monotonic() + timeout
         self.sockets: list[socket.socket] = []
         self.lock = threading.Lock()
@@ -89,7 +129,7 @@ class _Download:
         try:
             with requests.Session() as session:
                 # Proxies and .netrc of the environment are for people; a proxy would look names up on its own.
-                session.trust_env = self.allow_private
+                session.trust_env = self.allow_private and self.domains is None
                 for scheme in ("http://", "https://"):
                     session.mount(scheme, _Adapter(self))
                 data = self._follow(session)
@@ -104,10 +144,8 @@ class _Download:
 
     def _follow(self, session: requests.Session) -> bytes:
         url = self.url
-        for _ in range(MAX_REDIRECTS + 1):
-            scheme = urllib.parse.urlsplit(url).scheme.lower()
-            if scheme not in ("http", "https"):
-                raise MediaError(f"it redirects to a {scheme or 'nameless'} address", _CHECK)
+        for hop in range(MAX_REDIRECTS + 1):
+            self._check_url(url, "it redirects to" if hop else "it is")
             with session.get(
                 url, headers=_HEADERS, stream=True, allow_redirects=False, timeout=self._left()
             ) as response:
@@ -116,6 +154,12 @@ class _Download:
                     return self._read(response)
             url = urllib.parse.urljoin(url, target)
         raise MediaError(f"it redirects more than {MAX_REDIRECTS} times", _CHECK)
+
+    def _check_url(self, url: str, found: str) -> None:
+        scheme = urllib.parse.urlsplit(url).scheme.lower()
+        if scheme not in self.schemes:
+            only = " and ".join(f"{name}://" for name in self.schemes)
+            raise MediaError(f"{found} {_an(scheme)} address", f"Only {only} may be fetched from here.")
 
     def _read(self, response: requests.Response) -> bytes:
         if response.status_code != 200:
@@ -139,6 +183,9 @@ class _Download:
         """Look up ``host``, check its addresses, and connect to the first that answers."""
         host = host.strip("[]")
         name = _printable(host)[:80]
+        # Here and not where the URL is read: this is the host that the connection really goes to.
+        if self.domains is not None and not is_listed(host, self.domains):
+            raise MediaError(f"{name} is not one of the hosts that may be asked", "Send the file as a data URI.")
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
@@ -211,6 +258,11 @@ def _reason(error: BaseException | None) -> str:
         error = inner[0]
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
     return _printable(text)[:150]
+
+
+def _an(scheme: str) -> str:
+    name = _printable(scheme)[:20]
+    return f"an {name}" if name[:1] in tuple("aeiouh") and name else f"a {name or 'nameless'}"
 
 
 def _printable(text: str) -> str:

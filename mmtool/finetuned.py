@@ -17,6 +17,8 @@ RECORD = "checkpoints.json"
 TRAINER_STATE = "trainer_state.json"
 VAL_DATASET = "val_dataset.jsonl"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# What an adapter brings; networks have weights of their own that are called lora_something.
+_OF_ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.|\.modules_to_save\.")
 
 
 def checkpoint_steps(run: Path) -> list[tuple[int, Path]]:
@@ -53,6 +55,11 @@ class FineTuned:
                 setattr(group, item.name, self.options[item.name])
 
 
+def is_of_adapter(name: str) -> bool:
+    """Tell whether a parameter, by its name in a model with adapters, is one of theirs."""
+    return _OF_ADAPTER.search(name) is not None
+
+
 def open_finetuned(ckpt_dir: str | Path) -> FineTuned:
     """Return the checkpoint in a folder; of a run folder the best one, or else the last.
 
@@ -81,14 +88,22 @@ def open_finetuned(ckpt_dir: str | Path) -> FineTuned:
 
 def _chosen(run: Path) -> Path | None:
     record = read_json(run / RECORD) if (run / RECORD).is_file() else {}
-    for name in ("best", "last"):
-        if record.get(name) and (run / record[name]).is_dir():
-            return run / record[name]
-    return None
+    best = record.get("best")
+    return run / best if best and (run / best).is_dir() else None
 
 
 def attach_adapter(model: Any, folder: Path, *, merge: bool = False) -> Any:
     """Return ``model`` with the adapter of a folder in its layers; ``merge`` folds it into their weights.
+
+    Raises:
+        CheckpointError: when the adapter does not fit the model.
+    """
+    adapted = wrap_adapter(model, folder)
+    return adapted.merge_and_unload() if merge else adapted.get_base_model()
+
+
+def wrap_adapter(model: Any, folder: Path) -> Any:
+    """Return the ``PeftModel`` of ``model`` and the adapter of a folder, whose layers it puts into the model.
 
     Raises:
         CheckpointError: when the adapter does not fit the model.
@@ -105,7 +120,7 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool = False) -> Any:
             f"the adapter in {folder} does not fit the model: {str(error).splitlines()[0]}",
             "Give the base model it was trained on with --model_id_or_path.",
         ) from error
-    lost = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
+    lost = [name for name in result.missing_keys if is_of_adapter(name)]
     if lost or result.unexpected_keys:
         raise CheckpointError(
             f"the adapter in {folder} does not fit the model: {[*lost, *result.unexpected_keys][0]}",
@@ -113,4 +128,4 @@ def attach_adapter(model: Any, folder: Path, *, merge: bool = False) -> Any:
         )
     adapted.to(next(model.parameters()).device)
     adapted.eval()
-    return adapted.merge_and_unload() if merge else adapted.get_base_model()
+    return adapted

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.hub import resolve_folder
 from mmtool.models.common.folders import read_json
+from mmtool.models.common.quantised import CONFIG_KEY, finish_quantised
 from mmtool.registry import MODELS, detect_model_type, get_model_spec
 from mmtool.spec import ModelSpec
 from mmtool.utils import collection_paused, did_you_mean, import_object, resolve_dtype
@@ -64,7 +65,7 @@ def fit_layout(spec: ModelSpec, model: Any) -> ModelSpec:
 
 
 def _check_family(wanted: ModelSpec, config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a folder of another family; a size of the same family may be called by another's name."""
+    """Refuse a folder of another network; a size of the same network may be called by another's name."""
     try:
         found = detect_model_type(config, folder)
     except CheckpointError as error:
@@ -72,9 +73,10 @@ def _check_family(wanted: ModelSpec, config: Mapping[str, Any], folder: Path) ->
             f"--model_type {wanted.model_type} does not fit: {error}",
             f"Give the folder of a {wanted.model_type} model.",
         ) from error
-    if MODELS[found].family != wanted.family:
+    holds = MODELS[found]
+    if (holds.family, holds.model_class) != (wanted.family, wanted.model_class):
         named = f"a {found} model"
-        if MODELS[found].refine is not None:  # a type for all that no family claims
+        if holds.layout is not None:  # a type for all that no family claims
             named = f"a {config['model_type']!r} model of transformers (model type {found})"
         raise CheckpointError(
             f"--model_type {wanted.model_type}, but {folder} holds {named}",
@@ -161,6 +163,8 @@ def load_model(
                 model = model_class.from_pretrained(folder, **keywords)
             except ImportError as error:  # flash attention, a quantisation library
                 raise MMToolError(f"{spec.model_type} cannot be loaded like this: {error}") from error
+        if CONFIG_KEY in read_json(folder / "config.json"):
+            finish_quantised(model)
         processor = processor or load_processor(spec, folder)
     _check_vocabulary(model, processor, folder)
     return model, processor
@@ -188,6 +192,17 @@ def _dtype(dtype: str, spec: ModelSpec, folder: Path, device_map: str | dict[str
     stored = config.get("dtype") or config.get("torch_dtype")
     slow = stored == "float16" or (stored == "bfloat16" and not _cpu_has_bf16())
     return "float32" if spec.embedded or slow else "auto"
+
+
+def number_format(dtype: str, spec: ModelSpec, folder: Path) -> str:
+    """Return the number format that ``load_model`` would take, by its name in torch; ``auto`` where only files tell."""
+    chosen = _dtype(dtype, spec, folder, _device_map(None))
+    if chosen == "auto":
+        config = read_json(folder / "config.json")
+        text = config.get("text_config") or {}
+        stored = [part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype")]
+        chosen = next(filter(None, stored), chosen)
+    return str(chosen).removeprefix("torch.")
 
 
 def _cpu_has_bf16() -> bool:

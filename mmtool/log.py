@@ -14,6 +14,9 @@ ROOT = "mmtool"
 STARTED = time.perf_counter()  # near the start of the process; "total" in a time split counts from here
 LEVELS = ("error", "warning", "info", "debug")
 
+# Where these are installed, transformers imports them, and they report kernels for machines that this one is not.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+
 _timings: dict[str, float] = {}
 
 
@@ -63,8 +66,11 @@ def setup(level: str = "info", verbose: bool = False) -> None:
         root.addHandler(handler)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if verbose else "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "info" if verbose else "error")
-    if not verbose and not sys.warnoptions:
-        warnings.simplefilter("ignore")
+    if not verbose:
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
 
 
 @contextmanager

@@ -64,6 +64,10 @@ class MediaLimits:
         allow_local: files of this machine, by path or ``file://``. A server says no.
         allow_private: addresses that are not public: this machine, its network, link-local, multicast. A server says
             no; then the name is looked up once, every address is checked, and the connection goes to a checked one.
+        local_root: with ``allow_local``, only files below this folder; where links lead to counts.
+        schemes: of URLs that may be fetched, ``http`` and ``https``; also of what they redirect to.
+        domains: hosts that may be asked, also by a redirect; ``*.example.com`` is all below ``example.com``. None is
+            any host.
     """
 
     timeout: float = 10.0
@@ -72,6 +76,9 @@ class MediaLimits:
     max_seconds: float = 600.0
     allow_local: bool = True
     allow_private: bool = True
+    local_root: Path | None = None
+    schemes: tuple[str, ...] = ("http", "https")
+    domains: tuple[str, ...] | None = None
 
 
 DEFAULT_LIMITS = MediaLimits()
@@ -119,6 +126,15 @@ def load_audio(
     return resample(samples, rate, sampling_rate).astype(np.float32)
 
 
+def read_source(source: str | Path | bytes, kind: str, limits: MediaLimits = DEFAULT_LIMITS) -> bytes:
+    """Return the bytes of a path, URL or data URI, not decoded; ``kind`` names it in errors.
+
+    Raises:
+        MediaError: where it cannot be read, or may not be.
+    """
+    return _read_bytes(source, f"{kind} {describe_source(source)}", limits)
+
+
 def looks_like_sound(source: str | Path | bytes) -> bool:
     """Tell from the ending of a path or URL, the head of a data URI or the first bytes whether it is a sound."""
     if isinstance(source, bytes | bytearray | memoryview):
@@ -164,7 +180,14 @@ def _read_bytes(source: str | Path | bytes, name: str, limits: MediaLimits) -> b
 def _fetch(url: str, name: str, limits: MediaLimits) -> bytes:
     fetch = import_object("mmtool.download:fetch")  # requests takes 0.1 s to import, and most pictures are files
     try:
-        return fetch(url, timeout=limits.timeout, max_bytes=limits.max_bytes, allow_private=limits.allow_private)
+        return fetch(
+            url,
+            timeout=limits.timeout,
+            max_bytes=limits.max_bytes,
+            allow_private=limits.allow_private,
+            schemes=limits.schemes,
+            domains=limits.domains,
+        )
     except MediaError as error:
         raise MediaError(f"cannot open {name}: {error.message}", error.hint) from None
 
@@ -199,6 +222,8 @@ def _file_url_path(url: str, name: str) -> str:
 def _read_file(path: str | Path, name: str, limits: MediaLimits) -> bytes:
     if not limits.allow_local:
         raise MediaError(f"cannot open {name}: local files are not allowed here", "Give an http(s) URL or a data URI.")
+    if limits.local_root is not None:
+        path = _inside(path, limits.local_root, name)
     try:
         with open(os.path.expanduser(path), "rb", opener=_open_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -211,6 +236,18 @@ def _read_file(path: str | Path, name: str, limits: MediaLimits) -> bytes:
         raise MediaError(f"cannot open {name}: {_first_lower(reason)}", "Check the path.") from None
     _check_size(len(data), name, limits)
     return data
+
+
+def _inside(path: str | Path, root: Path, name: str) -> Path:
+    """Return where ``path`` leads to; one sentence for everything that is not a file below ``root``, so that nobody
+    can find out what is there."""
+    try:
+        found = Path(path).resolve(strict=True)
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: links in a circle
+        found = None
+    if found is None or not found.is_relative_to(root.resolve()):
+        raise MediaError(f"cannot open {name}: no such file in the folder that may be read", "Check the path.")
+    return found
 
 
 def _open_without_waiting(path: str, flags: int) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import os
 import re
 import sys
@@ -51,18 +52,39 @@ Part: TypeAlias = Text | Image | Audio
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that an answer asks to be called; ``id`` is what its result refers to."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, id: str, name: str, arguments: str) -> ToolCall:
+        """Read the arguments from JSON; raise ValueError where that is no object."""
+        read = json.loads(arguments)
+        if not isinstance(read, dict):
+            raise ValueError("expected an object")
+        return cls(id, name, read)
+
+
+@dataclass(frozen=True)
 class Message:
     """One turn of a conversation.
 
     Attributes:
-        role: ``system``, ``user`` or ``assistant``.
+        role: ``system``, ``user`` or ``assistant``; ``tool`` for the result of a call, where the template knows tools.
         parts: what was said, in the order given; a family's template may reorder.
         train: whether an assistant turn is learned in training; of no meaning for other roles.
+        tool_calls: what an assistant turn asks to be called, after what it says.
+        tool_call_id: which call a ``tool`` turn is the result of.
     """
 
     role: str
     parts: tuple[Part, ...]
     train: bool = True
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
 
     def __post_init__(self) -> None:
         """Raise TypeError for parts that are none."""

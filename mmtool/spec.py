@@ -23,6 +23,8 @@ class AutoClasses:
         tokenizer_class: for ``AutoTokenizer``.
         processor_class: for ``AutoProcessor``; ``image_processor_class`` and ``feature_extractor_class`` for theirs,
             None where the family has no such thing.
+        architectures: what ``architectures`` in a ``config.json`` of the family may name, for vLLM's own server; beside
+            the name of ``model_class``.
     """
 
     model_types: Mapping[str, Callable[[Mapping[str, Any]], bool]]
@@ -34,6 +36,7 @@ class AutoClasses:
     processor_class: str | None = None
     image_processor_class: str | None = None
     feature_extractor_class: str | None = None
+    architectures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,7 @@ class ModelSpec:
             None for the others.
         layout: import path of a function ``model -> (parts, lora_target_modules)``, for a type whose models differ in
             their modules; None for the others.
+        gguf: import path of a function ``config -> GGUFLayout``, for language models that llama.cpp runs.
         auto: what transformers' Auto classes learn; types that share classes share the object, None adds nothing.
         embedded: folder with the weights inside the family's package folder, for a model that needs no download.
         description: one line for the model list.
@@ -78,6 +82,7 @@ class ModelSpec:
     lora_target_modules: str = field(repr=False)
     refine: str | None = field(default=None, repr=False)
     layout: str | None = field(default=None, repr=False)
+    gguf: str | None = field(default=None, repr=False)
     auto: AutoClasses | None = field(default=None, repr=False)
     embedded: str | None = None
     description: str = ""

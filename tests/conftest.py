@@ -1,24 +1,74 @@
 """Golden data: recorded runs of the original models. The whole set lies beside the repository, a selection in it."""
 
+import atexit
+import functools
 import json
 import logging
 import os
+import shutil
+import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 TESTS = Path(__file__).parent
 # The first that has the family: asked for, the whole set next to the repository, the selection in the repository.
 PLACES = (os.environ.get("MMTOOL_GOLDEN"), TESTS.parents[1] / "shared" / "golden", TESTS / "golden")
+SELECTIONS: set[str] = set()  # folders that archives were unpacked to; they have a part of the cases
 
 
 def golden_dir(family: str) -> Path:
-    """Return the folder with the golden data of ``family`` (``yi-vl``), or skip the test."""
+    """Return the folder with the golden data of ``family`` (``yi-vl``, ``fm9g/gqa``), or skip the test."""
     for place in PLACES:
-        if place is not None and (Path(place) / family).is_dir():
-            return Path(place) / family
+        if place is not None:
+            folder = unpacked(Path(place), family.partition("/")[0]) / family
+            if (folder / "checkpoint").is_dir() or any(folder.glob("*.json")):
+                return folder
     pytest.skip(f"no golden data of {family} in {', '.join(str(place) for place in PLACES if place)}")
+
+
+@functools.cache
+def unpacked(place: Path, family: str) -> Path:
+    """Return ``place``, or where archives that it has of ``family`` are unpacked until the tests end."""
+    archives = sorted((*place.glob(f"{family}.tar.xz"), *place.glob(f"{family}.*.tar.xz")))
+    if not archives:
+        return place
+    folder = Path(tempfile.mkdtemp(prefix="mmtool-golden-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    SELECTIONS.add(str(folder))
+    for archive in archives:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    return folder
+
+
+def skip_what_a_selection_lacks() -> Iterator[Any]:
+    """Skip a test that fails for a file of the golden data that the selection in the repository does not have."""
+    try:
+        return (yield)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            missing = str(cause) if isinstance(cause, FileNotFoundError) else ""  # with the path, whoever raised it
+            for folder in SELECTIONS:
+                if folder in missing:
+                    path = missing.rpartition(folder)[2].strip("/'")
+                    pytest.skip(f"needs the whole golden data (MMTOOL_GOLDEN): {path}")
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup() -> Iterator[Any]:
+    return (yield from skip_what_a_selection_lacks())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[Any]:
+    return (yield from skip_what_a_selection_lacks())
 
 
 @pytest.fixture(autouse=True)

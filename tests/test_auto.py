@@ -68,10 +68,19 @@ def test_the_order_of_the_imports_does_not_matter(golden: Callable[[str], Path])
 
 
 @pytest.mark.parametrize(
-    ("family", "processor"), [("fm9g4b-v", "FM9GVProcessor"), ("megrez-3b-omni", "MegrezOProcessor")]
+    ("family", "auto_class", "found"),
+    [
+        ("fm9g4b-v", "AutoProcessor", "FM9GVProcessor"),
+        ("fm9g4b-v", "AutoImageProcessor", "FM9GVImageProcessor"),
+        ("megrez-3b-omni", "AutoProcessor", "MegrezOProcessor"),
+        ("megrez-3b-omni", "AutoImageProcessor", "MegrezOImageProcessor"),
+        ("megrez-3b-omni", "AutoFeatureExtractor", "MegrezFeatureExtractor"),
+        ("internlm-xcomposer2/variant_4khd", "AutoTokenizer", "InternLMXComposer2Tokenizer"),
+    ],
 )
-def test_processors_named_in_the_files_of_a_folder_are_ours(
-    family: str, processor: str, golden: Callable[[str], Path]
+def test_the_very_first_call_finds_ours_by_the_names_in_a_folder(
+    family: str, auto_class: str, found: str, golden: Callable[[str], Path]
 ) -> None:
-    first = "\nfrom transformers import AutoProcessor\nsay(type(AutoProcessor.from_pretrained(sys.argv[1])).__name__)\n"
-    assert run(MMTOOL + first, golden(family) / "checkpoint") == [processor]
+    """The files name the release's own code as well, for which transformers would ask."""
+    first = f"from transformers import {auto_class}\nsay(type({auto_class}.from_pretrained(sys.argv[1])).__name__)\n"
+    assert run(MMTOOL + first, golden(family) / "checkpoint") == [found]

@@ -14,7 +14,8 @@ PACKAGE = Path(mmtool.__file__).parent
 # Imports only go up this list; files of one folder may import each other.
 LAYERS = [
     *("errors", "log", "utils", "spec", "options", "args", "messages", "download", "media", "template", "models"),
-    *("registry", "hub", "loader", "auto", "finetuned", "data", "engine", "infer", "sft", "llm", "listing", "cli"),
+    *("registry", "hub", "loader", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve", "sft"),
+    *("export", "llm", "listing", "cli"),
 ]
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "peft", "accelerate", "safetensors", "sentencepiece", "requests"}
@@ -24,7 +25,7 @@ WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers", "jinja2"}
 
 # Loaded for `--help`, or to read the registry: nothing heavy, directly or through what they import.
 LIGHT = ["", "errors", "log", "utils", "spec", "options", "args", "messages", "registry", "hub", "listing", "cli"]
-LIGHT += ["data.registry", "__main__", "finetuned", "sft.launch", "sft.places"]
+LIGHT += ["data.registry", "__main__", "finetuned", "sft.launch", "sft.places", "serve.launch"]
 
 # Imports inside functions, by module: package -> why it is late. Command bodies in `cli` may import mmtool late.
 LATE_IMPORTS: dict[str, dict[str, str]] = {
@@ -41,7 +42,10 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
     "template.show": {"rich": "only for those who look"},
     "infer.answer": {"rich": "only with --show_prompt"},
     "infer.progress": {"rich": "only for a dataset on a terminal"},
+    "models.common.quantised": {"torchao": "optional package"},
     "models.common.folders": {"huggingface_hub": "only for an id"},
+    "engine.vllm": {"vllm": "optional package"},
+    "vllm_plugin": {"vllm": "its own call"},
     "finetuned": {"peft": "only for an adapter"},
     "sft.launch": {
         "mmtool": "a process that only starts others needs no torch",
@@ -52,13 +56,29 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
     "sft.network": {"liger_kernel": "optional package"},
     "sft.progress": {"rich": "only on a terminal"},
     "sft.settings": {"deepspeed": "optional package"},
+    "export.gguf": {"gguf": "optional package"},
+    "export.gguf_check": {"llama_cpp": "optional package", "xllamacpp": "optional package"},
+    "export.gguf_tokenizer": {"gguf": "optional package"},
+    "export.progress": {"rich": "only on a terminal"},
+    "export.push": {
+        "huggingface_hub": "only for an upload",
+        "modelscope": "optional package",
+        "modelscope_hub": "part of modelscope",
+    },
     "hub": {
         "huggingface_hub": "only for a download",
         "modelscope": "optional package",
         "modelscope_hub": "part of modelscope",
         "requests": "only for a download",
     },
+    "serve.launch": {"mmtool": "a missing package is said before anything heavy is loaded"},
+    "serve.ui": {"gradio": "optional package"},
 }
+
+
+# Modules that are loaded by an optional package, or where it is there: they may import it at their top.
+SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "llguidance"}  # of the extra `serve`
+PLUGINS: dict[str, set[str]] = {"engine.vllm_models": {"vllm"}, "engine.vllm_logits": {"vllm"}}
 
 
 @dataclass(frozen=True)
@@ -184,6 +204,10 @@ def test_third_party_packages_are_declared(name: str) -> None:
     optional = {
         "modelscope",
         "modelscope_hub",
+        "torchao",
+        "gguf",
+        "llama_cpp",
+        "xllamacpp",
         "vllm",
         "deepspeed",
         "bitsandbytes",
@@ -192,7 +216,9 @@ def test_third_party_packages_are_declared(name: str) -> None:
         "datasets",
         "urllib3",
         "soundfile",
+        "gradio",
     }
     for imported in IMPORTS[name]:
-        known = declared | (optional if imported.late or imported.typing else set())
+        known = declared | PLUGINS.get(name, set()) | (SERVER if name.startswith("serve.") else set())
+        known |= optional if imported.late or imported.typing else set()
         assert imported.package in known | sys.stdlib_module_names, f"{name}:{imported.line} imports {imported.target}"

@@ -9,8 +9,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from mmtool.engine.features import TOWERS
-from mmtool.engine.positions import Positions, rope_index
-from mmtool.engine.pt import check_attention
+from mmtool.engine.positions import Positions, check_attention, rope_index
 from mmtool.errors import MMToolError
 from mmtool.models.common.release import ReleaseModel
 

@@ -9,21 +9,25 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from mmtool.engine.base import TokenLogprob
 from mmtool.engine.features import TOWERS
 from mmtool.engine.positions import joined_inputs, position_limit, token_tensors
-from mmtool.engine.sampling import Sampler
+from mmtool.engine.sampling import RowError, Sampler
 from mmtool.engine.slots import common_prefix
 from mmtool.engine.stepped import Run, SteppedEngine
 from mmtool.errors import MMToolError
 
 if TYPE_CHECKING:
+    from mmtool.engine.adapters import Adapters
     from mmtool.template.base import MediaInput
 
 _CACHE_NAMES = ("past_key_values", "cache_params")  # the second is that of state space models
@@ -35,6 +39,7 @@ class Conversation:
     def __init__(self, cache: Any) -> None:
         self.cache = cache
         self.tokens: list[int] = []
+        self.adapter: str | None = None  # which they were computed with
         self.positions: Tensor | None = None  # numbers of all positions, ``(..., 1, length)``, if the model takes them
         self.fields: dict[str, Tensor] = {}  # what the model wants to know of each position beside the id
         self.run: Run | None = None
@@ -49,6 +54,7 @@ class GenericEngine(SteppedEngine):
         tokenizer: only its ``decode`` is used.
         max_batch_size: most requests at once, and most conversations kept.
         max_model_len: most positions of prompt and answer; the model's own limit by default.
+        adapters: folders of LoRA adapters by the name that requests choose them by.
         feature_cache_bytes: how much of media features is kept, where the model takes features.
         reuse_prefix: whether computed prompts are used again.
     """
@@ -60,6 +66,7 @@ class GenericEngine(SteppedEngine):
         *,
         max_batch_size: int = 1,
         max_model_len: int | None = None,
+        adapters: Mapping[str, Path] | None = None,
         feature_cache_bytes: int = 256 * 2**20,
         reuse_prefix: bool = True,
     ) -> None:
@@ -67,12 +74,14 @@ class GenericEngine(SteppedEngine):
         if max_model_len is not None and not 1 < max_model_len <= limit:
             raise MMToolError(f"max_model_len must be from 2 to {limit} for this model, got {max_model_len}")
         super().__init__(model, tokenizer, max_batch_size, max_model_len or limit)
+        self.vocab_size = model.config.get_text_config().vocab_size
+        self._load_adapters(adapters)
         self.takes = set(inspect.signature(model.forward).parameters)
         self.cache_name = next((name for name in _CACHE_NAMES if name in self.takes), None)
         if self.cache_name is None or not model._supports_default_dynamic_cache():
             raise MMToolError(f"{type(model).__name__} has no cache of a kind that mmtool knows")
         self.device = model.get_input_embeddings().weight.device
-        self.features = EncoderOutputs(model, self.takes, feature_cache_bytes)
+        self.features = EncoderOutputs(model, self.takes, feature_cache_bytes, self._adapters)
         self.can_cut = reuse_prefix and _can_cut(self._new_cache())
         self.conversations: list[Conversation] = []
         self._clock = 0
@@ -91,10 +100,18 @@ class GenericEngine(SteppedEngine):
 
     def clear(self, features: bool = False) -> None:
         """Forget all conversations and give their memory back; also forget media features if asked."""
-        self.cancel(self._unfinished())
+        for run in self._unfinished():
+            self.cancel(run)
         self.conversations.clear()
         if features:
             self.features.clear()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory for keys and values, as it is allocated now."""
+        layers = [layer for conversation in list(self.conversations) for layer in _layers(conversation.cache)]
+        tensors = [value for layer in layers for value in vars(layer).values() if isinstance(value, Tensor)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _running(self) -> list[Run]:
         return [conversation.run for conversation in self.conversations if conversation.run is not None]
@@ -107,18 +124,22 @@ class GenericEngine(SteppedEngine):
 
     def _attempt(self, run: Run, advance: Any) -> None:
         """Advance a run; what goes wrong ends this run alone, and its conversation, whose cache may be half written."""
+        adapted = nullcontext()
+        if self._adapters is not None:
+            adapted = self._adapters.chosen(self._adapters.choice_of([run.request.adapter]))
         try:
-            token_id = advance(run)
+            with adapted:
+                token_id, logprob = advance(run)
         except Exception as error:
             if run.slot is not None:
                 self.conversations.remove(run.slot)
-            self._fail(run, error)
+            self._fail(run, error.error if isinstance(error, RowError) else error)
         else:
-            self._publish(run, token_id)
+            self._publish(run, token_id, logprob)
 
     # Prompts
 
-    def _prefill(self, run: Run) -> int:
+    def _prefill(self, run: Run) -> tuple[int, TokenLogprob | None]:
         conversation, start = self._place(run)
         run.cached_tokens = start
         self.stats.cached_tokens += start
@@ -130,13 +151,13 @@ class GenericEngine(SteppedEngine):
         conversation.fields = fields
         conversation.positions = self._positions(ids, fields | everything)
         media = [item for item in request.media if item.start + item.length > start]
-        new_media, fresh = self.features.inputs(media, self.device)
+        new_media, fresh = self.features.inputs(media, self.device, run.request.adapter)
         self._count(run, media, fresh)
         logits = self._forward(conversation, ids, length - start, first=True, **new_media)
         conversation.tokens = list(run.prompt)
         self.stats.prefill_tokens += length - start
         run.draw = self._draw_for(run, logits.shape[-1], self.device)
-        return Sampler([run.draw], self.device)(logits).item()
+        return self._sample(run, logits)
 
     def _count(self, run: Run, media: Sequence[MediaInput], fresh: int) -> None:
         run.num_features = fresh
@@ -161,6 +182,7 @@ class GenericEngine(SteppedEngine):
         if len(target.tokens) > shared:
             target.cache.crop(shared - len(target.tokens))
         target.tokens = target.tokens[:shared]
+        target.adapter = run.request.adapter
         target.run, run.slot = run, target
         return target, shared
 
@@ -171,6 +193,8 @@ class GenericEngine(SteppedEngine):
         """
         best, length = None, 0
         for conversation in self.conversations if self.can_cut else ():
+            if conversation.adapter != run.request.adapter:
+                continue
             shared = min(common_prefix(conversation.tokens, run.prompt), len(run.prompt) - 1)
             for item in run.request.media:
                 if item.start < shared < item.start + item.length:
@@ -188,7 +212,7 @@ class GenericEngine(SteppedEngine):
 
     # Answers
 
-    def _decode(self, run: Run) -> int:
+    def _decode(self, run: Run) -> tuple[int, TokenLogprob | None]:
         conversation = run.slot
         fed = run.token_ids[-1]
         length = len(conversation.tokens) + 1
@@ -201,7 +225,12 @@ class GenericEngine(SteppedEngine):
         tokens, conversation.tokens = conversation.tokens, []  # not valid while the cache is being written
         logits = self._forward(conversation, ids, 1, first=False, length=length)
         conversation.tokens = [*tokens, fed]
-        return Sampler([run.draw], self.device)(logits).item()
+        return self._sample(run, logits)
+
+    def _sample(self, run: Run, logits: Tensor) -> tuple[int, TokenLogprob | None]:
+        sampler = Sampler([run.draw], self.device)
+        token_ids = sampler(logits).tolist()
+        return token_ids[0], sampler.logprobs(token_ids)[0]
 
     def _forward(
         self, conversation: Conversation, ids: Tensor, new: int, first: bool, length: int = 0, **media: Any
@@ -240,8 +269,9 @@ class EncoderOutputs:
     For other models the tensors of the media go into ``forward`` as they are.
     """
 
-    def __init__(self, model: Any, takes: set[str], max_bytes: int) -> None:
+    def __init__(self, model: Any, takes: set[str], max_bytes: int, adapters: Adapters | None = None) -> None:
         self.model = model
+        self.adapters = adapters
         self.kinds = [kind for kind in ("image",) if "mm_encoder_outputs" in takes and hasattr(model, TOWERS[kind])]
         self.max_bytes = max_bytes
         self._kept: OrderedDict[str, Any] = OrderedDict()
@@ -250,13 +280,17 @@ class EncoderOutputs:
         """Drop everything."""
         self._kept.clear()
 
-    def inputs(self, media: Sequence[MediaInput], device: torch.device) -> tuple[dict[str, Any], int]:
+    def inputs(
+        self, media: Sequence[MediaInput], device: torch.device, adapter: str | None = None
+    ) -> tuple[dict[str, Any], int]:
         """Return what ``forward`` gets for ``media``, and how many of them go through a tower for it."""
         raw = [item for item in media if item.kind not in self.kinds]
         outputs: dict[str, Any] = {}
-        fresh = {item.key for item in media if item.key not in self._kept or item.kind not in self.kinds}
+        keys = [item.key if self.adapters is None else self.adapters.media_key(item.key, adapter) for item in media]
+        pairs = list(zip(media, keys, strict=True))
+        fresh = {key for item, key in pairs if key not in self._kept or item.kind not in self.kinds}
         for kind in self.kinds:
-            own = [self._encode(item, device) for item in media if item.kind == kind]
+            own = [self._encode(item, key, device) for item, key in pairs if item.kind == kind]
             if own:
                 outputs[kind] = _joined_outputs(own)
         inputs: dict[str, Any] = joined_inputs(raw, device, self.model.dtype)
@@ -264,15 +298,15 @@ class EncoderOutputs:
             inputs["mm_encoder_outputs"] = outputs
         return inputs, len(fresh)
 
-    def _encode(self, item: MediaInput, device: torch.device) -> Any:
-        if item.key in self._kept:
-            self._kept.move_to_end(item.key)
-            return self._kept[item.key]
+    def _encode(self, item: MediaInput, key: str, device: torch.device) -> Any:
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
         tower = getattr(self.model, TOWERS[item.kind])
         output = tower(**joined_inputs([item], device, self.model.dtype), return_dict=True)
         names = ("pooler_output", "deepstack_features")  # all that a forward reads of it
         output = type(output)(**{name: output[name] for name in names if output.get(name) is not None})
-        self._kept[item.key] = output
+        self._kept[key] = output
         while len(self._kept) > 1 and sum(map(_num_bytes, self._kept.values())) > self.max_bytes:
             self._kept.popitem(last=False)
         return output
@@ -300,6 +334,10 @@ def _num_bytes(value: Any) -> int:
         return value.nbytes
     values = value.values() if hasattr(value, "values") else value
     return sum(map(_num_bytes, values))
+
+
+def _layers(cache: Any) -> Sequence[Any]:
+    return cache.layers if isinstance(cache, DynamicCache) else ()  # others count for nothing
 
 
 def _can_cut(cache: Any) -> bool:

@@ -1,26 +1,28 @@
-"""One decode step of a plain Llama decoder with as few calls as torch allows.
+"""One step of a plain Llama decoder with as few calls as torch allows.
 
 Calling the modules of a small model costs more than its arithmetic, and on a GPU every extra kernel is waited for. This
-does what ``LlamaModel.forward`` does for one new token per row, on the model's own weights. It is used only for exactly
-those classes, without hooks or adapters; everything else goes through the model's ``forward``.
+does what ``LlamaModel.forward`` does, on the model's own weights: for one new token per row, or for the prompts of
+several rows one behind the other, so that short prompts share the matrix products. It is used for the classes that
+``step_layers`` knows, without hooks but those of LoRA adapters; everything else goes through the model's ``forward``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from mmtool.engine.products import norm_of
+from mmtool.engine.step_layers import Layer, anatomy_of, fits, head_is_plain, packed_bytes, product_maker
 
 if TYPE_CHECKING:
+    from mmtool.engine.attention import Turn
     from mmtool.engine.slots import KVSlots
 
-LLAMA = "transformers.models.llama.modeling_llama"
-SILU = ("SiLU", "SiLUActivation")  # torch's, and the one of transformers.activations
-PLAIN_MODULES = (LLAMA, "transformers.activations", "torch.nn.modules.activation")
+__all__ = ["Chunk", "LlamaStep", "Rows", "fits", "step_for"]
 
 
 class Rows(NamedTuple):
@@ -41,162 +43,177 @@ class Rows(NamedTuple):
     mask: Tensor | None
 
 
-class Layer(NamedTuple):
-    """The weights of one layer; matrices transposed (a view), biases or None."""
+class Chunk(NamedTuple):
+    """A part of a prompt: positions ``start`` to ``end - 1`` of a row."""
 
-    input_norm: Tensor
-    query: tuple[Tensor, Tensor | None]
-    key: tuple[Tensor, Tensor | None]
-    value: tuple[Tensor, Tensor | None]
-    output: tuple[Tensor, Tensor | None]
-    post_norm: Tensor
-    gate: tuple[Tensor, Tensor | None]
-    up: tuple[Tensor, Tensor | None]
-    down: tuple[Tensor, Tensor | None]
+    row: int
+    start: int
+    end: int
 
 
 class LlamaStep:
-    """The step of one decoder; ``fits`` says whether a decoder can have one."""
+    """The step of one decoder; ``fits`` says whether a decoder can have one.
 
-    def __init__(self, decoder: Any) -> None:
-        self.weights = _addresses(decoder)
-        self.rotary = decoder.rotary_emb
-        self.embeddings = decoder.embed_tokens.weight
-        self.norm = _norm_of(decoder.norm)
-        self.final_norm = decoder.norm.weight
-        attention = decoder.layers[0].self_attn
-        self.head_dim = attention.head_dim
-        self.scaling = attention.scaling
-        self.kv_heads = attention.k_proj.out_features // self.head_dim
-        self.group = attention.num_key_value_groups
-        act = decoder.layers[0].mlp.act_fn
-        self.act = partial(F.silu, inplace=True) if type(act).__name__ in SILU else act
-        self.cos = self.sin = self.embeddings.new_empty(0, 1, self.head_dim)  # by position, see _angles
-        self.layers = [
-            Layer(
-                layer.input_layernorm.weight,
-                *(_matrix(linear) for linear in _attention_linears(layer)),
-                layer.post_attention_layernorm.weight,
-                *(_matrix(linear) for linear in _mlp_linears(layer)),
-            )
-            for layer in decoder.layers[: decoder.config.num_hidden_layers]
-        ]
+    Args:
+        decoder: whose weights it uses, as they are at every call.
+        head: the linear layer that makes logits, if the step is to use it.
+        pack: allow copies of weights in float32 on a CPU, which more than one row is faster with; the weights must not
+            change then.
+    """
+
+    def __init__(self, decoder: Any, head: Any = None, pack: bool = False) -> None:
+        self.pack = pack
+        self.weights = _weights_of(decoder, head)
+        self.anatomy = anatomy = anatomy_of(decoder, pack)
+        self.layers = anatomy.layers
+        plain = head is not None and head_is_plain(head)
+        self.head = product_maker(head.weight, pack)([head]) if plain else None
+        self.packed_bytes = packed_bytes(anatomy, self.head)
+        self.takes_prompts = anatomy.takes_prompts
+        self.embeddings = anatomy.embeddings
+        self.kv_heads = self.layers[0].attention.kv_heads
+        self.key_width, self.value_width, self.turned_width = self.layers[0].attention.widths
+        self.norm = norm_of(anatomy.final_norm, anatomy.eps)
+        self.act = anatomy.act
+        # By columns on a CPU: there, a product of half precision is the transposed of one.
+        self.by_columns = self.embeddings.device.type == "cpu" and self.embeddings.dtype == torch.bfloat16
+        self.cos = self.sin = self.embeddings.new_empty(0, 1, self.turned_width)  # by position, see _table
 
     def __call__(self, rows: Rows, slots: KVSlots) -> Tensor:
-        """Return the ``(B, hidden)`` states after the last norm; keys and values are written into ``slots``."""
-        batch, kv_heads, group, head_dim = len(rows.ids), self.kv_heads, self.group, self.head_dim
-        norm, act, longest, mask, half = self.norm, self.act, rows.longest, rows.mask, head_dim // 2
-        seen = (batch, kv_heads, longest + 1, head_dim)
-        hidden = F.embedding(rows.ids, self.embeddings)
-        cos, sin = self._angles(rows, slots.capacity)
-        for weights, keys, values in zip(self.layers, slots.keys, slots.values, strict=True):
-            x = norm(hidden, weights.input_norm)
-            query = _linear(x, weights.query).view(batch, -1, head_dim)
-            key = _linear(x, weights.key).view(batch, kv_heads, head_dim)
-            value = _linear(x, weights.value).view(batch, kv_heads, head_dim)
-            query = torch.addcmul(query * cos, query.roll(half, -1), sin)
-            key = torch.addcmul(key * cos, key.roll(half, -1), sin)
-            if rows.index is None:
+        """Return the ``(B, hidden)`` states for the head; keys and values are written into ``slots``."""
+        batch, longest, mask, index = len(rows.ids), rows.longest, rows.mask, rows.index
+        key_width, value_width = self.key_width, self.value_width
+        hidden = self._embedded(rows.ids)
+        turn = self._turn(*self._angles(rows, slots.capacity))
+        for layer, keys, values in zip(self.layers, slots.keys, slots.values, strict=True):
+            query, key, value = layer.attention.project(self.norm(hidden, layer.input_norm), turn)
+            if index is None:
                 keys[:batch, :, longest] = key
                 values[:batch, :, longest] = value
             else:
-                keys.view(-1, head_dim).index_copy_(0, rows.index, key.view(-1, head_dim))
-                values.view(-1, head_dim).index_copy_(0, rows.index, value.view(-1, head_dim))
-            # The heads that share keys stand as query positions, so that keys are never repeated.
-            context = F.scaled_dot_product_attention(
-                query.view(batch, kv_heads, group, head_dim),
-                keys.as_strided(seen, keys.stride()),
-                values.as_strided(seen, values.stride()),
-                attn_mask=mask,
-                scale=self.scaling,
-            )
-            hidden = _add_linear(hidden, context.reshape(batch, -1), weights.output)
-            x = norm(hidden, weights.post_norm)
-            x = act(_linear(x, weights.gate)).mul_(_linear(x, weights.up))
-            hidden = _add_linear(hidden, x, weights.down)
-        return norm(hidden, self.final_norm)
+                keys.view(-1, key_width).index_copy_(0, index, key.reshape(-1, key_width))
+                values.view(-1, value_width).index_copy_(0, index, value.reshape(-1, value_width))
+            context = layer.attention.decode(query, keys, values, longest + 1, mask)
+            hidden = self._finish(layer, hidden, context)
+        return self._final(hidden)
+
+    def fill(self, embeds: Tensor, chunks: Sequence[Chunk], slots: KVSlots) -> Tensor:
+        """Compute parts of prompts, one behind the other, and return the ``(chunks, hidden)`` states of their ends.
+
+        Args:
+            embeds: ``(positions, hidden)`` of all chunks.
+            chunks: where they stand; different rows.
+            slots: gets their keys and values.
+        """
+        spans = _spans(chunks)
+        positions = torch.cat([torch.arange(chunk.start, chunk.end) for chunk in chunks]).to(embeds.device)
+        cos, sin = self._table(max(slots.capacity, max(chunk.end for chunk in chunks)))
+        turn = self._turn(cos.index_select(0, positions), sin.index_select(0, positions))
+        ends = torch.tensor([last - 1 for _, last in spans], device=embeds.device)
+        masks = [self._mask_behind(chunk) for chunk in chunks]
+        hidden = self._laid_out(embeds)
+        for number, (layer, keys, values) in enumerate(self._with_storage(slots)):
+            last_layer = number == len(self.layers) - 1
+            query, key, value = layer.attention.project(self.norm(hidden, layer.input_norm), turn)
+            context = []
+            for chunk, (first, last), mask in zip(chunks, spans, masks, strict=True):
+                where = (chunk.row, slice(None), slice(chunk.start, chunk.end))
+                keys[where] = key[first:last].transpose(0, 1)
+                values[where] = value[first:last].transpose(0, 1)
+                asked = query[last - 1 : last] if last_layer else query[first:last]
+                seen = keys[chunk.row, :, : chunk.end], values[chunk.row, :, : chunk.end]
+                which = (None, False) if last_layer else (mask, chunk.start == 0)
+                context.append(layer.attention.prompt(asked, *seen, *which))
+            if last_layer:  # nothing follows that would look at the other positions
+                hidden = self._laid_out(hidden.index_select(0, ends))
+            hidden = self._finish(layer, hidden, torch.cat(context))
+        return self._final(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return ``(rows, vocabulary)`` for what a call returned."""
+        assert self.head is not None, "asked only where there is one"
+        return self.head(hidden)[0]
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        hidden = F.embedding(ids, self.embeddings)
+        if self.anatomy.embedding_factor != 1.0:
+            hidden = hidden * self.anatomy.embedding_factor
+        return self._laid_out(hidden)
+
+    def _laid_out(self, hidden: Tensor) -> Tensor:
+        return hidden.t().contiguous().t() if self.by_columns and len(hidden) > 1 else hidden
+
+    def _turn(self, cos: Tensor, sin: Tensor) -> Turn:
+        """Return what turns heads ``(rows, heads, width)``, in the format of the angles."""
+        half = self.turned_width // 2
+
+        def turn(x: Tensor) -> Tensor:
+            return torch.addcmul(x * cos, x.roll(half, -1), sin)
+
+        dtype = self.embeddings.dtype
+        return turn if cos.dtype == dtype else lambda x: turn(x.to(cos.dtype)).to(dtype)
+
+    def _finish(self, layer: Layer, hidden: Tensor, context: Tensor) -> Tensor:
+        """Return the states behind a layer, from those before it and the result of its attention."""
+        factor = self.anatomy.factor
+        hidden = layer.output.add(hidden, context, factor)
+        gate, up = layer.gate_up(self.norm(hidden, layer.post_norm))
+        return layer.down.add(hidden, self.act(gate).mul_(up), factor)
+
+    def _final(self, hidden: Tensor) -> Tensor:
+        hidden = self.norm(hidden, self.anatomy.final_norm)
+        return hidden if self.anatomy.divisor == 1.0 else hidden / self.anatomy.divisor
+
+    def _with_storage(self, slots: KVSlots) -> list[tuple[Layer, Tensor, Tensor]]:
+        """Return each layer with the tensors of its keys and values, allocated on first use."""
+        keys, values = (self.embeddings.new_empty(1, self.kv_heads, 0, n) for n in (self.key_width, self.value_width))
+        return [(layer, *slots.layer(number, keys, values)) for number, layer in enumerate(self.layers)]
+
+    def _mask_behind(self, chunk: Chunk) -> Tensor | None:
+        """Return the mask of a chunk that goes on behind computed positions, ``(new, seen)``; None for a beginning."""
+        if chunk.start == 0:
+            return None
+        positions = torch.arange(chunk.end, device=self.embeddings.device)
+        hidden = positions > positions[chunk.start :].unsqueeze(1)
+        return torch.zeros_like(hidden, dtype=self.embeddings.dtype).masked_fill_(hidden, -torch.inf)
+
+    def _table(self, capacity: int) -> tuple[Tensor, Tensor]:
+        """Return cosines and signed sines by position, ``(capacity or more, 1, width)``: all heads turn alike."""
+        if len(self.cos) < capacity:
+            cos, sin = self.anatomy.angles(torch.arange(capacity, device=self.embeddings.device))
+            sin = sin.clone()
+            sin[..., : self.turned_width // 2].neg_()
+            self.cos, self.sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return self.cos, self.sin
 
     def _angles(self, rows: Rows, capacity: int) -> tuple[Tensor, Tensor]:
-        """Return cosines and signed sines, ``(B or 1, 1, head_dim)``: the same for all heads of a row."""
-        if len(self.cos) < capacity:
-            cos, sin = self.rotary(self.embeddings, torch.arange(capacity, device=self.cos.device).unsqueeze(0))
-            sin[..., : self.head_dim // 2].neg_()
-            self.cos, self.sin = cos.transpose(0, 1), sin.transpose(0, 1)
+        """Return those of the rows' positions, ``(B or 1, 1, width)``."""
+        cos, sin = self._table(capacity)
         if rows.index is None:
-            return self.cos.narrow(0, rows.longest, 1), self.sin.narrow(0, rows.longest, 1)
-        return self.cos.index_select(0, rows.positions), self.sin.index_select(0, rows.positions)
+            return cos.narrow(0, rows.longest, 1), sin.narrow(0, rows.longest, 1)
+        return cos.index_select(0, rows.positions), sin.index_select(0, rows.positions)
 
 
-def step_for(decoder: Any, known: LlamaStep | None = None) -> LlamaStep | None:
+def step_for(decoder: Any, known: LlamaStep | None = None, head: Any = None, pack: bool = False) -> LlamaStep | None:
     """Return the step of ``decoder``, which is ``known`` if that is still true of it, or None if it cannot have one."""
     if not fits(decoder):
         return None
-    return known if known is not None and known.weights == _addresses(decoder) else LlamaStep(decoder)
+    if known is not None and known.pack == pack and known.weights == _weights_of(decoder, head):
+        return known
+    return LlamaStep(decoder, head, pack)
 
 
-def fits(decoder: Any) -> bool:
-    """Return whether ``decoder`` is a Llama decoder as transformers made it, on one device, with SDPA attention."""
-    if f"{type(decoder).__module__}.{type(decoder).__name__}" != f"{LLAMA}.LlamaModel":
-        return False
-    if decoder.config._attn_implementation != "sdpa":
-        return False
-    if decoder.rotary_emb.rope_type in ("dynamic", "longrope"):  # angles change with the length
-        return False
-    if len({(weight.device, weight.dtype) for weight in decoder.parameters()}) != 1:
-        return False
-    return all(map(_is_plain, decoder.modules()))
+def _weights_of(decoder: Any, head: Any) -> list[tuple[int, int]]:
+    """Return where the weights are, and how often each has been changed in place, as far as torch counts."""
+    weights = list(decoder.parameters())
+    if head is not None and head_is_plain(head):
+        weights += [head.weight]
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Return whether calling ``module`` does what its class says: a known class, no hooks, no replaced ``forward``."""
-    kind = type(module)
-    if kind.__module__ not in PLAIN_MODULES and kind not in (nn.Linear, nn.Embedding, nn.ModuleList):
-        return False
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-        if hook.__module__ != "transformers.utils.output_capturing":  # those do nothing unless asked
-            return False
-    return "forward" not in vars(module)
-
-
-def _addresses(decoder: Any) -> list[int]:
-    return [weight.data_ptr() for weight in decoder.parameters()]
-
-
-def _attention_linears(layer: Any) -> tuple[nn.Linear, ...]:
-    attention = layer.self_attn
-    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-
-
-def _mlp_linears(layer: Any) -> tuple[nn.Linear, ...]:
-    return layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj
-
-
-def _matrix(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    return linear.weight.t(), linear.bias
-
-
-def _linear(x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:
-    matrix, bias = weights
-    return torch.mm(x, matrix) if bias is None else torch.addmm(bias, x, matrix)
-
-
-def _add_linear(residual: Tensor, x: Tensor, weights: tuple[Tensor, Tensor | None]) -> Tensor:
-    matrix, bias = weights
-    hidden = torch.addmm(residual, x, matrix)
-    return hidden if bias is None else hidden.add_(bias)
-
-
-def _norm_of(module: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the RMS norm as a function of ``(B, hidden)`` states and the weight."""
-    eps, shape = module.variance_epsilon, tuple(module.weight.shape)
-    if module.weight.device.type != "cpu" or module.weight.dtype != torch.float32:
-        return lambda x, weight: F.rms_norm(x, shape, weight, eps)
-    # On the CPU, torch composes rms_norm of slower operations; measured in examples/bench/README.md.
-    floor = torch.tensor(eps)
-    share = 1.0 / shape[0]
-
-    def norm(x: Tensor, weight: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, 2, -1, True)
-        return (x * torch.addcmul(floor, length, length, value=share).rsqrt_()).mul_(weight)
-
-    return norm
+def _spans(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:
+    spans, first = [], 0
+    for chunk in chunks:
+        spans.append((first, first + chunk.end - chunk.start))
+        first = spans[-1][1]
+    return spans

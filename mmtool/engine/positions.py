@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mmtool.errors import MMToolError
 from mmtool.models.common.merge import same_shape
 
 if TYPE_CHECKING:
@@ -69,6 +70,27 @@ class Positions:
         if self._remembers and getattr(rotary, "max_seq_len_cached", 0) > rotary.original_max_seq_len:
             rotary.register_buffer("inv_freq", rotary.original_inv_freq.to(rotary.inv_freq.device), persistent=False)
             rotary.max_seq_len_cached = rotary.original_max_seq_len
+
+
+def check_attention(config: Any, max_model_len: int, axes: bool = False) -> None:
+    """Raise MMToolError for a model whose state is not keys and values of all positions.
+
+    ``axes`` says that the model numbers positions along several axes itself. Few
+    configurations have these fields, so a missing one is the normal case.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if (getattr(config, "sliding_window", None) or max_model_len) < max_model_len and uses_window(config):
+        kinds.add("sliding_attention")
+    if not axes and "mrope_section" in rope_settings(config):
+        kinds.add("several position numbers per token")
+    if kinds:
+        raise MMToolError(f"the pt engine runs models with full attention; this one has {', '.join(sorted(kinds))}")
+
+
+def uses_window(config: Any) -> bool:
+    """Whether a configuration with a sliding window lets a layer use it; without a list of layers, all do."""
+    layers = getattr(config, "layer_types", None)
+    return layers is None or "sliding_attention" in layers
 
 
 def rope_settings(config: Any) -> Mapping[str, Any]:

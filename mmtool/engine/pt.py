@@ -1,95 +1,52 @@
 """The engine on plain torch: requests join and leave between decode steps, and nothing is computed twice.
 
-``PtEngine`` decides who runs where; ``slots`` stores keys and values, ``features`` media features, ``sampling`` chooses
-tokens, ``text`` makes text of them. It has no thread of its own: ``generate`` drives ``step``.
+``PtEngine`` decides who runs where; ``slots`` stores keys and values, ``features`` media features, ``adapters`` what
+LoRA adds, ``batch`` holds those that answer, ``sampling`` chooses tokens, ``text`` makes text of them. It has no thread
+of its own: ``generate`` or a worker drives ``step``.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmtool.engine.features import FeatureCache, compute_features
-from mmtool.engine.llama_step import LlamaStep, Rows, step_for
-from mmtool.engine.positions import Positions, rope_settings
-from mmtool.engine.sampling import Sampler
-from mmtool.engine.slots import CAPACITY_STEP, KVSlots, SlotCache, common_prefix, write_index
+from mmtool.engine.adapters import Choice
+from mmtool.engine.base import TokenLogprob
+from mmtool.engine.batch import Batch
+from mmtool.engine.features import FeatureCache, MediaFeatures
+from mmtool.engine.graphs import GraphedStep, graphed
+from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
+from mmtool.engine.memory import fitting_length, free_memory, give_back, is_out_of_memory
+from mmtool.engine.positions import Positions, check_attention
+from mmtool.engine.sampling import RowError, Sampler
+from mmtool.engine.slots import CAPACITY_STEP, KVSlots, Slot, SlotCache, common_prefix
 from mmtool.engine.stepped import Run, SteppedEngine
 from mmtool.errors import MMToolError
 from mmtool.log import get_logger
 from mmtool.models.common.release import ReleaseModel
 
-if TYPE_CHECKING:
-    from mmtool.template.base import MediaInput
-
 logger = get_logger(__name__)
 
 ROOM_AHEAD = 256  # positions reserved for an answer at first; more are added while it grows
 TOWER_BATCH = 8  # media per tower call
-
-
-class Slot:
-    """One row of the KV storage: which content its positions hold, and who uses it."""
-
-    def __init__(self, row: int) -> None:
-        self.row = row
-        self.tokens: list[int] = []  # content key of every position whose keys and values are valid
-        self.written = 0  # positions that may be other than zero
-        self.stretched = False  # the keys are turned for this one length
-        self.run: Run | None = None
-        self.last_used = 0
-
-
-class Batch:
-    """The runs that answer, rows 0 to B-1, as tensors; made anew when one joins or leaves."""
-
-    def __init__(self, runs: Sequence[Run], kv: KVSlots, device: torch.device, dtype: torch.dtype) -> None:
-        self.runs = runs
-        positions = [len(run.slot.tokens) for run in runs]
-        self.ids = torch.tensor([run.token_ids[-1] for run in runs], device=device)
-        self.positions = torch.tensor(positions, device=device)
-        self.longest = max(positions)
-        self.shifts: Tensor | None = None  # (axes, B): position numbers are ahead of or behind the count of positions
-        if runs[0].positions is not None:
-            lengths = torch.tensor([len(run.prompt) for run in runs], device=device)
-            self.shifts = torch.stack([run.positions[:, -1] for run in runs], dim=1) + 1 - lengths
-        self.sampler = Sampler([run.draw for run in runs], device)
-        self.mask = self.index = None
-        if min(positions) < self.longest:
-            self.index = write_index(self.positions, kv.keys[0].shape[1], kv.capacity)
-            hidden = torch.arange(kv.capacity, device=device) > self.positions.unsqueeze(1)
-            self.mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-
-    def rows(self) -> Rows:
-        """Return what the next step works on."""
-        mask = None if self.mask is None else self.mask[:, None, None, : self.longest + 1]
-        return Rows(self.ids, self.positions, self.longest, self.index, mask)
-
-    def numbers(self) -> Tensor:
-        """Return the position numbers of the tokens to feed, ``(B, 1)`` or ``(axes, B, 1)``."""
-        positions = self.positions if self.shifts is None else self.positions + self.shifts
-        return positions.unsqueeze(-1)
-
-    def advance(self, ids: Tensor) -> None:
-        """Go on by one position with the tokens just sampled."""
-        self.ids = ids
-        self.positions.add_(1)
-        self.longest += 1
-        if self.mask is not None and self.longest < self.mask.shape[1]:
-            self.index.add_(1)
-            self.mask.scatter_(1, self.positions.unsqueeze(1), 0.0)
+PACK_SHARE = 1 / 3  # of free memory, for a copy of the weights
+SHARED_AT_MOST = 0.25  # part of a prompt that is rather computed than waited for
+PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for the next token
 
 
 class PtEngine(SteppedEngine):
     """Continuous batching over KV slots, with reuse of prompts and media features seen before.
 
     A slot keeps what it holds after its request has ended, is cancelled or fails; the next request that begins the
-    same (pictures compared by content) continues from there. Greedy results equal those of ``model.generate``.
+    same (pictures compared by content, the same adapter) continues from there. Greedy results equal those of
+    ``model.generate``, and those of a request do not depend on which others run beside it.
 
     Args:
         model: a head class with ``get_input_embeddings``, ``get_decoder``, ``lm_head`` and, for media,
@@ -97,9 +54,18 @@ class PtEngine(SteppedEngine):
         tokenizer: only its ``decode`` is used.
         max_batch_size: most requests at once, and most conversations kept.
         max_model_len: most positions of prompt and answer; the model's own limit by default.
+        adapters: folders of LoRA adapters by the name that requests choose them by.
         feature_cache_bytes: how much of media features is kept.
-        prefill_tokens: most prompt positions computed between two decode steps.
+        prefill_chunk: most prompt positions computed between two decode steps, all requests together; also at most one
+            call of a tower. So a long prompt holds up running answers by that much per token.
         reuse_prefix: whether computed prompts are used again.
+        preallocate: take all memory for keys and values now, for a server; otherwise it grows as it is needed. Without
+            ``max_model_len``, half of the free memory bounds the length.
+        pack_weights: hold a second copy of the decoder's weights in the order that several rows are fastest with; the
+            weights must not change then. Only float32 on a CPU gains from one, elsewhere this does nothing. None is
+            yes where more than one request may run and a third of the free memory is enough.
+        compile: run decode steps in fixed shapes, which a GPU replays from CUDA graphs; one is recorded when a number
+            of answers and a length first occur. None is yes on a GPU. Only decoders that ``LlamaStep`` knows have it.
     """
 
     def __init__(
@@ -109,9 +75,13 @@ class PtEngine(SteppedEngine):
         *,
         max_batch_size: int = 1,
         max_model_len: int | None = None,
+        adapters: Mapping[str, Path] | None = None,
         feature_cache_bytes: int = 256 * 2**20,
-        prefill_tokens: int = 2048,
+        prefill_chunk: int = 512,
         reuse_prefix: bool = True,
+        preallocate: bool = False,
+        pack_weights: bool | None = False,
+        compile: bool | None = None,
     ) -> None:
         config = model.config.get_text_config()
         positions = Positions(model, model.get_decoder())
@@ -119,24 +89,41 @@ class PtEngine(SteppedEngine):
         check_attention(config, max_model_len or limit, positions.axes)
         if max_model_len is not None and not 1 < max_model_len <= limit:
             raise MMToolError(f"max_model_len must be from 2 to {limit} for this model, got {max_model_len}")
+        if prefill_chunk < 1:
+            raise MMToolError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
         super().__init__(model, tokenizer, max_batch_size, max_model_len or limit)
-        self.prefill_tokens = prefill_tokens
-        self.reuse_prefix = reuse_prefix
         self.vocab_size = config.vocab_size
+        self._load_adapters(adapters)
+        self.prefill_chunk = prefill_chunk
+        self.reuse_prefix = reuse_prefix
         self.decoder = model.get_decoder()
         self.positions = positions
-        # Towers of ours treat each medium alone; of others that cannot be known, so they get one at a time.
-        self.tower_batch = TOWER_BATCH if isinstance(model, ReleaseModel) else 1
         self.embed = model.get_input_embeddings()
         self.device = self.embed.weight.device
         self.features = FeatureCache(feature_cache_bytes)
-        self.kv = KVSlots(config.num_hidden_layers)
+        # Towers of ours treat each medium alone; of others that cannot be known, so they get one at a time.
+        tower_batch = TOWER_BATCH if isinstance(model, ReleaseModel) else 1
+        self._media = MediaFeatures(model, self.device, self.features, self.stats, tower_batch, self._adapters)
+        self.fixed_shapes = self.device.type == "cuda" if compile is None else compile
+        self.kv = KVSlots(config.num_hidden_layers, spare=int(self.fixed_shapes))
         self.slots: list[Slot] = []
         self._cache = SlotCache(self.kv)
         self._filling: deque[Run] = deque()  # in a slot, prompt not computed to its end
         self._batch: Batch | None = None  # None: who answers has changed
         self._step: LlamaStep | None = None
+        self._graphs: GraphedStep | None = None
         self._clock = 0
+        self.preallocated = preallocate
+        if preallocate:
+            self._preallocate(may_shorten=max_model_len is None)
+        self.pack_weights = self._can_pack() if pack_weights is None else pack_weights
+        if self.pack_weights:
+            self._starting()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Memory for keys and values, as it is allocated now."""
+        return self.kv.num_bytes
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -148,36 +135,56 @@ class PtEngine(SteppedEngine):
         self._admit()
         self._prefill()
 
+    @torch.inference_mode()
     def clear(self, features: bool = False) -> None:
-        """Forget all conversations and give their memory back; also forget media features if asked."""
-        self.cancel(self._unfinished())
+        """Forget all conversations, and give their memory back where it grows; also forget features if asked."""
+        for run in self._unfinished():
+            self.cancel(run)
+        for slot in self.slots:
+            self.kv.zero(slot.row, 0, slot.written)
         self.slots.clear()
-        self.kv.clear()
+        if not self.preallocated:
+            self.kv.clear()
         if features:
             self.features.clear()
 
     def _running(self) -> list[Run]:
         return [slot.run for slot in self.slots if slot.run is not None]
 
+    def _answering(self) -> list[Slot]:
+        return [slot for slot in self.slots if slot.run is not None and slot.run.token_ids]
+
     def _starting(self) -> None:
-        self._step = step_for(self.decoder, self._step)
+        known = self._step
+        self._step = step_for(self.decoder, known, self.model.lm_head, self.pack_weights)
+        if self._step is not known and self._step is not None and self._step.packed_bytes:
+            logger.info("packed weights: %.1f MB beside the model's", self._step.packed_bytes / 1e6)
 
     # Letting requests in
 
     def _admit(self) -> None:
-        """Give waiting requests the free slots, and find the features of their media."""
-        active = sum(slot.run is not None for slot in self.slots)
+        """Give waiting requests the free slots."""
+        active = len(self._running())
         new = [*self._waiting][: self.max_batch_size - active]
         if not new:
             return
-        self._reserve(max(len(run.prompt) + min(run.max_new_tokens, ROOM_AHEAD) for run in new))
-        for run in new:
-            self._place(run)
-            self._filling.append(self._waiting.popleft())
-        self._find_features(new)
+        rooms = [len(run.prompt) + min(run.max_new_tokens, ROOM_AHEAD) for run in new]
+        try:
+            self._reserve(max(rooms))
+        except Exception as error:  # too much for all of them together; each alone may find room
+            logger.debug("no memory for all waiting requests: %s", error)
+        for run, room in zip(new, rooms, strict=True):
+            try:
+                self._reserve(room)
+                self._place(run, room)
+            except Exception as error:
+                self._fail(run, error)
+            else:
+                self._waiting.remove(run)
+                self._filling.append(run)
 
-    def _place(self, run: Run) -> None:
-        """Give a run a slot, with as much of its prompt in it as some slot holds."""
+    def _place(self, run: Run, room: int) -> None:
+        """Give a run a slot of ``room`` positions, with as much of its prompt in it as some slot holds."""
         free = [slot for slot in self.slots if slot.run is None]
         can_add = len(self.slots) < self.max_batch_size
         donor, shared = self._donor(run)
@@ -187,15 +194,19 @@ class PtEngine(SteppedEngine):
             others = [slot for slot in free if slot is not donor]
             target = min(others, key=lambda slot: (len(slot.tokens) > 0, slot.last_used), default=None)
             if can_add and (target is None or target.tokens):
+                if len(self.slots) >= self.kv.num_slots:
+                    self._reserve(room, len(self.slots) + 1)
+                    self._place(run, room)  # what was kept may have been dropped to make room
+                    return
                 target = Slot(len(self.slots))
                 self.slots.append(target)
-                self._reserve(0)
         assert target is not None, "there are as many slots as requests may run"
         target.tokens = target.tokens[:shared] if target is donor else []
         target.stretched = False
-        target.run, run.slot = run, target
+        target.adapter = run.request.adapter
         self.kv.zero(target.row, len(target.tokens), target.written)
         target.written = len(target.tokens)
+        target.run, run.slot = run, target
         if donor is not None and target is not donor:
             self._copy(donor, run, shared)
 
@@ -209,87 +220,125 @@ class PtEngine(SteppedEngine):
         if not self.reuse_prefix or not self.slots or self.positions.is_stretched(len(run.prompt)):
             return None, 0
         most = self.positions.stretched  # beyond, the keys of answers are turned otherwise; None is no limit
-        shared = [0 if slot.stretched else common_prefix(slot.tokens[:most], run.prompt) for slot in self.slots]
+        adapter = run.request.adapter
+        shared = [
+            0 if slot.stretched or slot.adapter != adapter else common_prefix(slot.tokens[:most], run.prompt)
+            for slot in self.slots
+        ]
         best = max(range(len(shared)), key=shared.__getitem__)
         length = min(shared[best], len(run.prompt) - 1)
         return (self.slots[best], length) if length else (None, 0)
 
-    def _find_features(self, runs: Sequence[Run]) -> None:
-        """Give runs the features of their media that are not covered by kept positions; towers run in batches."""
-        wanted: dict[str, MediaInput] = {}
-        for run in runs:
-            for item in _uncovered(run):
-                if item.key in self.features:
-                    self.stats.feature_hits += 1
-                else:
-                    wanted.setdefault(item.key, item)
-        fresh: dict[str, Tensor | Exception] = {}
-        for items in _tower_batches(wanted.values(), self.tower_batch):
-            fresh.update(self._run_tower(items))
-        for run in runs:
-            for item in _uncovered(run):
-                features = fresh.get(item.key)
-                if isinstance(features, Exception):
-                    self._fail(run, features)
-                    break
-                run.num_features += features is not None
-                run.features[item.start] = self.features.get(item.key) if features is None else features
-        for key, features in fresh.items():
-            if isinstance(features, Tensor):
-                self.features.put(key, features)
-
-    def _run_tower(self, items: Sequence[MediaInput]) -> dict[str, Tensor | Exception]:
-        """Return the features by key; where a call fails, items are tried alone and the guilty get their exception."""
-        try:
-            features = compute_features(self.model, items, self.device)
-        except Exception as error:
-            if len(items) == 1:
-                return {items[0].key: error}
-            return {key: value for item in items for key, value in self._run_tower([item]).items()}
-        self.stats.vision_calls += 1
-        self.stats.vision_runs += len(items)
-        return {item.key: rows for item, rows in zip(items, features, strict=True)}
-
-    # Computing
+    # Prompts
 
     def _prefill(self) -> None:
-        """Compute up to ``prefill_tokens`` prompt positions, oldest request first."""
-        budget = self.prefill_tokens
-        while self._filling and budget > 0:
-            run = self._filling[0]
+        """Compute prompt positions, oldest request first: a bounded number while others wait for their next token."""
+        spent = 0
+        while self._filling:
+            waited_for = bool(self._answering())
+            most = self.prefill_chunk if waited_for else max(self.prefill_chunk, PREFILL_ALONE)
+            if spent >= most:
+                return
+            run, *others = self._filling
             try:
-                budget -= self._prefill_chunk(run, budget)
+                self._begin(run)
+                if not self._media.provide(run, others, once=waited_for):
+                    return
+                spent += self._attempt_chunk(run, most - spent)
             except Exception as error:  # it ends this request alone: its slot is valid up to where it was
-                self._fail(run, error)
-            if run.token_ids and not run.finished:
-                self._filling.popleft()
+                self._fail(run, error.error if isinstance(error, RowError) else error)
 
-    def _prefill_chunk(self, run: Run, most: int) -> int:
-        if run.draw is None:
-            self._share_again(run)
-            run.draw = self._draw_for(run, self.vocab_size, self.device)
-            run.positions = self.positions.of_prompt(run.request, self.device)
-        slot, prompt = run.slot, run.prompt
-        start = len(slot.tokens)
-        if self.positions.is_stretched(len(prompt)):
-            slot.stretched, most = True, len(prompt)
-        end = min(start + most, len(prompt))
-        embeds, media_mask = self._prompt_embeds(run, start, end)
-        slot.written = end
-        self._cache.use(slot.row, slot.row + 1, start)
+    def _begin(self, run: Run) -> None:
+        """Prepare the first part of a prompt: use what requests that came with this one have computed meanwhile."""
+        if run.draw is not None:
+            return
+        donor, shared = self._donor(run)
+        if donor is not None and shared > len(run.slot.tokens):
+            self._copy(donor, run, shared)
+        run.cached_tokens = len(run.slot.tokens)
+        self.stats.cached_tokens += run.cached_tokens
+        run.positions = self.positions.of_prompt(run.request, self.device)
+        run.draw = self._draw_for(run, self.vocab_size, self.device)
+
+    def _attempt_chunk(self, run: Run, most: int) -> int:
+        """Compute a part of a run's prompt, and with it whole prompts of others; what fails is tried again alone."""
+        runs = [run, *self._companions(run, most)]
+        try:
+            return self._prefill_chunks(runs, most)
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._free_memory()
+            elif len(runs) == 1:
+                raise
+        return self._prefill_chunks([run], most)
+
+    def _companions(self, run: Run, most: int) -> list[Run]:
+        """Return those that wait behind ``run`` whose prompts fit into the same call of the step."""
+        if not self._steps_prompt(run):
+            return []
+        most -= len(run.prompt) - len(run.slot.tokens)
+        together = [run]
+        for other in [other for other in self._filling if other is not run]:
+            held = len(other.slot.tokens)
+            rest = len(other.prompt) - held
+            if rest > most or not self._steps_prompt(other) or not self._media.ready(other):
+                break
+            shared = max(common_prefix(other.prompt, one.prompt) for one in together) - held
+            if shared > SHARED_AT_MOST * rest:  # it can have that part for nothing when the other is done
+                break
+            self._begin(other)
+            together.append(other)
+            most -= rest
+        return together[1:]
+
+    def _steps_prompt(self, run: Run) -> bool:
+        """Whether the prompt of a run can go through the step of the decoder."""
+        known = self._step is not None and self._step.takes_prompts and not self.positions.axes
+        return known and run.request.adapter is None and not self.positions.is_stretched(len(run.prompt))
+
+    def _prefill_chunks(self, runs: list[Run], most: int) -> int:
+        """Compute up to ``most`` positions of the first run's prompt, and the whole prompts of the others."""
+        chunks = []
+        for run in runs:
+            start, end = len(run.slot.tokens), len(run.prompt)
+            if self.positions.is_stretched(end):
+                run.slot.stretched = True
+            elif run is runs[0]:
+                end = min(end, start + most)
+            run.slot.written = max(run.slot.written, end)
+            chunks.append(Chunk(run.slot.row, start, end))
+        with self._adapted(self._choice(runs[:1])):
+            hidden = self._prompt_states(runs, chunks)
+            ended = [run for run, chunk in zip(runs, chunks, strict=True) if chunk.end == len(run.prompt)]
+            logits = self._head(hidden[-len(ended) :]) if ended else None  # the first run alone may not have ended
+        token_ids, logprobs = [], []
+        if logits is not None:
+            sampler = Sampler([run.draw for run in ended], self.device)
+            token_ids = sampler(logits).tolist()
+            logprobs = sampler.logprobs(token_ids)
+            self._batch = None
+        for run, chunk in zip(runs, chunks, strict=True):
+            run.slot.tokens += run.prompt[chunk.start : chunk.end]
+            self.stats.prefill_tokens += chunk.end - chunk.start
+        for run, token_id, logprob in zip(ended, token_ids, logprobs, strict=True):
+            run.features = {}
+            self._filling.remove(run)
+            self._publish(run, token_id, logprob)
+        return sum(chunk.end - chunk.start for chunk in chunks)
+
+    def _prompt_states(self, runs: list[Run], chunks: list[Chunk]) -> Tensor:
+        """Return ``(runs, hidden)``, the states at the ends of parts of their prompts."""
+        parts = [self._prompt_embeds(run, *chunk[1:]) for run, chunk in zip(runs, chunks, strict=True)]
+        if self._steps_prompt(runs[0]):
+            assert self._step is not None, "it takes prompts"
+            return self._step.fill(torch.cat([embeds[0] for embeds, _ in parts]), chunks, self.kv)
+        ((embeds, media_mask),), (run,), ((row, start, end),) = parts, runs, chunks
+        self._cache.use(row, row + 1, start)
         if run.positions is None:
             positions = torch.arange(start, end, device=self.device).unsqueeze(0)
         else:
             positions = run.positions[:, None, start:end]
-        hidden = self._forward(embeds, positions, None, media_mask)
-        slot.tokens += prompt[start:end]
-        self.stats.prefill_tokens += end - start
-        if end == len(prompt):
-            run.features = {}
-            ids = Sampler([run.draw], self.device)(self._head(hidden[:, -1]))
-            self._batch = None
-            self._publish(run, ids.item())
-        return end - start
+        return self._forward(embeds, positions, None, media_mask)[:, -1]
 
     def _prompt_embeds(self, run: Run, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return embeddings ``(1, new, hidden)`` of the prompt from ``start`` to ``end``, and where media are."""
@@ -308,13 +357,7 @@ class PtEngine(SteppedEngine):
             embeds[media_mask] = torch.cat(rows).to(embeds)
         return embeds, media_mask
 
-    def _share_again(self, run: Run) -> None:
-        """Use what requests that came with this one have computed since it got its slot."""
-        donor, shared = self._donor(run)
-        if donor is not None and shared > len(run.slot.tokens):
-            self._copy(donor, run, shared)
-        run.cached_tokens = len(run.slot.tokens)
-        self.stats.cached_tokens += run.cached_tokens
+    # Answers
 
     def _decode(self) -> None:
         """Continue every answer by one token."""
@@ -323,29 +366,51 @@ class PtEngine(SteppedEngine):
             batch = self._batch = self._make_batch()
             if batch is None:
                 return
-        fed = [run.token_ids[-1] for run in batch.runs]
         for run in batch.runs:
-            run.slot.written = len(run.slot.tokens) + 1
+            run.slot.written = max(run.slot.written, len(run.slot.tokens) + 1)
         try:
             ids = batch.sampler(self._logits(batch))
             token_ids = ids.tolist()  # the one moment where the host waits for the device
+            logprobs = batch.sampler.logprobs(token_ids)
             batch.advance(ids)
+        except RowError as error:
+            self._fail(batch.runs[error.row], error.error)
+            self._decode()
         except Exception as error:  # nobody knows whose it is
-            for run in batch.runs:
-                self._fail(run, error)
-            return
+            logger.warning("a step of %d requests has failed; each is tried alone: %r", len(batch.runs), error)
+            self._decode_alone(batch, error)
+        else:
+            self._go_on(batch, token_ids, logprobs)
+
+    def _go_on(self, batch: Batch, token_ids: list[int], logprobs: list[TokenLogprob | None]) -> None:
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(token_ids)
-        for run, fed_id, token_id in zip(batch.runs, fed, token_ids, strict=True):
+        fed = [run.token_ids[-1] for run in batch.runs]
+        for run, fed_id, token_id, logprob in zip(batch.runs, fed, token_ids, logprobs, strict=True):
             run.slot.tokens.append(fed_id)
-            self._publish(run, token_id)
+            self._publish(run, token_id, logprob)
+
+    def _decode_alone(self, failed: Batch, error: Exception) -> None:
+        """Continue the rows of a failed batch one by one through the model's own forward; the guilty fail again."""
+        if is_out_of_memory(error):
+            self._free_memory()
+        self._batch = None
+        for run in failed.runs:
+            try:
+                batch = self._batch_of([run])
+                token_ids = batch.sampler(self._logits_of_row(batch, 0)).tolist()
+                logprobs = batch.sampler.logprobs(token_ids)
+            except Exception as again:
+                self._fail(run, again.error if isinstance(again, RowError) else again)
+            else:
+                self._go_on(batch, token_ids, logprobs)
 
     def _make_batch(self) -> Batch | None:
         """Bring the runs that answer into rows 0 to B-1, make room for them, and return them as a batch."""
-        answering = [slot for slot in self.slots if slot.run is not None and slot.run.token_ids]
-        if not answering:
-            return None
+        answering = self._answering()
         count = len(answering)
+        if not count:
+            return None
         inside = {slot.row for slot in answering if slot.row < count}
         holes = [row for row in range(count) if row not in inside]
         for slot, row in zip((slot for slot in answering if slot.row >= count), holes, strict=True):
@@ -353,8 +418,17 @@ class PtEngine(SteppedEngine):
         longest = max(len(slot.tokens) for slot in answering)
         if longest >= self.kv.capacity:
             most = max(len(slot.run.prompt) + slot.run.max_new_tokens for slot in answering)
-            self._reserve(min(2 * self.kv.capacity, most))
-        return Batch([slot.run for slot in self.slots[:count]], self.kv, self.device, self.embed.weight.dtype)
+            try:
+                self._reserve(min(2 * self.kv.capacity, most))
+            except Exception as error:  # those that need the room end, the others go on
+                for slot in answering:
+                    if slot.run is not None and len(slot.tokens) >= self.kv.capacity:
+                        self._fail(slot.run, error)
+                return self._make_batch()
+        return self._batch_of([slot.run for slot in self.slots[:count]])
+
+    def _batch_of(self, runs: list[Run]) -> Batch:
+        return Batch(runs, self.kv, self.device, self.embed.weight.dtype, self._choice(runs))
 
     def _swap(self, one: Slot, other: Slot) -> None:
         tokens = one.tokens, other.tokens
@@ -365,24 +439,48 @@ class PtEngine(SteppedEngine):
         one.tokens, other.tokens = tokens
 
     def _logits(self, batch: Batch) -> Tensor:
+        if self.fixed_shapes and self._step is not None and batch.choice is None:
+            self._graphs = graphed(self._graphs, self._step, self.kv, self.max_batch_size)
+            if self._graphs is not None:
+                return self._graphs(batch.ids, batch.positions, batch.longest)
         rows = batch.rows()
         if self._step is not None:
-            return self._head(self._step(rows, self.kv))
+            with self._adapted(batch.choice):
+                return self._head(self._step(rows, self.kv))
         if self.positions.is_stretched(batch.longest + 1):
             return torch.cat([self._logits_of_row(batch, row) for row in range(len(batch.runs))])
         self._cache.use(0, len(rows.ids), rows.longest, rows.index)
         mask = None if rows.mask is None else rows.mask[:, 0, 0] == 0
-        hidden = self._forward(self.embed(rows.ids).unsqueeze(1), batch.numbers(), mask)
-        return self._head(hidden[:, -1])
+        with self._adapted(batch.choice):
+            hidden = self._forward(self.embed(rows.ids).unsqueeze(1), batch.numbers(), mask)
+            return self._head(hidden[:, -1])
 
     def _logits_of_row(self, batch: Batch, row: int) -> Tensor:
         """Continue one row alone: the longest of a batch would decide how all of them are turned."""
-        self._cache.use(row, row + 1, len(batch.runs[row].slot.tokens))
-        embeds = self.embed(batch.ids[row : row + 1]).unsqueeze(1)
-        hidden = self._forward(embeds, batch.numbers()[..., row : row + 1, :], None)
-        return self._head(hidden[:, -1])
+        slot = batch.runs[row].slot
+        self._cache.use(slot.row, slot.row + 1, len(slot.tokens))
+        with self._adapted(self._choice([batch.runs[row]])):
+            embeds = self.embed(batch.ids[row : row + 1]).unsqueeze(1)
+            hidden = self._forward(embeds, batch.numbers()[..., row : row + 1, :], None)
+            return self._head(hidden[:, -1])
+
+    # The model
+
+    def _can_pack(self) -> bool:
+        free = free_memory(self.device)
+        needed = sum(weight.nbytes for weight in self.decoder.parameters())
+        return self.max_batch_size > 1 and free is not None and PACK_SHARE * free >= needed
+
+    def _choice(self, runs: list[Run]) -> Choice | None:
+        return None if self._adapters is None else self._adapters.choice_of([run.request.adapter for run in runs])
+
+    def _adapted(self, choice: Choice | None) -> Any:
+        return nullcontext() if choice is None or self._adapters is None else self._adapters.chosen(choice)
 
     def _head(self, hidden: Tensor) -> Tensor:
+        plain = self._adapters is None or self._adapters.choice is None
+        if plain and self._step is not None and self._step.head is not None:
+            return self._step.logits(hidden)
         return self.model.lm_head(hidden).to(self.device)
 
     def _forward(
@@ -403,26 +501,87 @@ class PtEngine(SteppedEngine):
             **({named: media_mask} if named is not None and media_mask is not None else {}),
         ).last_hidden_state
 
-    def _reserve(self, capacity: int) -> None:
-        """Make room for all slots, with ``capacity`` positions each."""
-        rows = min(self.max_batch_size, 1 << (len(self.slots) - 1).bit_length()) if self.slots else 0
+    # Memory
+
+    @torch.inference_mode()
+    def _preallocate(self, may_shorten: bool) -> None:
+        """Take the memory for all slots, learning from one token what a position takes.
+
+        Raises:
+            MMToolError: where there is not enough.
+        """
+        self.kv.reserve(1, CAPACITY_STEP, 0)
+        self._cache.use(0, 1, 0)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        numbers = ids if not self.positions.axes else ids.expand(3, 1, 1)
+        self._forward(self.embed(ids), numbers, None)
+        each = self.kv.num_bytes // CAPACITY_STEP  # bytes per position
+        self.kv.clear()
+        rows = self.max_batch_size + self.kv.spare
+        self.max_model_len = fitting_length(self.max_model_len, rows, each, free_memory(self.device), may_shorten)
+        capacity = -(-self.max_model_len // CAPACITY_STEP) * CAPACITY_STEP
+        self._cache.use(0, 1, 0)
+        self.kv.reserve(self.max_batch_size, capacity, 0)
+        self._forward(self.embed(ids), numbers, None)
+        self.kv.zero(0, 0, 1)
+        logger.info(
+            "KV memory: %.1f MB, for %d conversations of %d positions",
+            self.kv_bytes / 1e6,
+            self.max_batch_size,
+            self.max_model_len,
+        )
+
+    def _reserve(self, capacity: int, num_slots: int | None = None) -> None:
+        """Make room for all slots, or so many, with ``capacity`` positions each; what fails leaves all as it was."""
         capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-        before = self.kv.num_bytes
-        self._batch = None
-        try:
-            self.kv.reserve(rows, capacity, max((len(slot.tokens) for slot in self.slots), default=0))
-        except BaseException as error:  # out of memory, or interrupted: the layers no longer agree
-            for run in self._unfinished():
-                self._fail(run, error)
-            self.clear()
-            raise
-        if self.kv.num_bytes != before:
-            logger.debug("KV memory: %.1f MB", self.kv.num_bytes / 1e6)
+        for last in (False, True):
+            count = num_slots or len(self.slots)
+            rows = min(self.max_batch_size, 1 << (count - 1).bit_length()) if count else 0
+            if rows <= self.kv.num_slots and capacity <= self.kv.capacity:
+                return
+            self._batch = None
+            try:
+                self.kv.reserve(rows, capacity, max((len(slot.tokens) for slot in self.slots), default=0))
+                break
+            except BaseException as error:
+                if not self.kv.num_slots and self.slots:  # not even what there was could be kept
+                    for run in self._unfinished():
+                        self._fail(run, error)
+                    self.clear()
+                    raise
+                if last or not is_out_of_memory(error):
+                    raise
+            self._free_memory()
+        logger.debug("KV memory: %.1f MB", self.kv_bytes / 1e6)
+
+    def _free_memory(self) -> None:
+        """Give up what is kept for later requests: features, and conversations that nobody goes on with."""
+        logger.warning("out of memory: features and conversations kept for later are dropped")
+        self.features.clear()
+        active = [slot for slot in self.slots if slot.run is not None]
+        for slot in self.slots:
+            if slot.run is None:
+                slot.tokens = []
+        if not active and not self.preallocated:
+            self.slots.clear()
+            self.kv.clear()
+        elif not self.preallocated:
+            for row, slot in enumerate(sorted(active, key=lambda slot: slot.row)):
+                if slot.row != row:
+                    self._swap(slot, self.slots[row])
+            del self.slots[len(active) :]
+            self._batch = None
+            longest = max(
+                len(slot.run.prompt) + 1 if not slot.run.token_ids else len(slot.tokens) + 1 for slot in active
+            )
+            self.kv.shrink(len(active), -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
+        give_back(self.device)
 
     # Ends
 
     def _release(self, run: Run) -> None:
         run.features = {}
+        run.draw = None
         if run in self._filling:
             self._filling.remove(run)
         if run.slot is not None:
@@ -430,40 +589,3 @@ class PtEngine(SteppedEngine):
             run.slot.run, run.slot.last_used = None, self._clock
             run.slot = None
             self._batch = None
-
-
-def _uncovered(run: Run) -> list[MediaInput]:
-    kept = len(run.slot.tokens) if run.slot is not None else 0
-    return [item for item in run.request.media if item.start + item.length > kept]
-
-
-def _tower_batches(items: Iterable[MediaInput], size: int) -> Iterator[list[MediaInput]]:
-    """Group up to ``size`` media that can go through a tower together: tensors that differ in their rows alone."""
-    groups: dict[object, list[MediaInput]] = {}
-    for item in items:
-        shapes = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in item.inputs.items())
-        groups.setdefault((item.kind, shapes), []).append(item)
-    for group in groups.values():
-        for start in range(0, len(group), size):
-            yield group[start : start + size]
-
-
-def check_attention(config: Any, max_model_len: int, axes: bool = False) -> None:
-    """Raise MMToolError for a model whose state is not keys and values of all positions.
-
-    ``axes`` says that the model numbers positions along several axes itself. Few
-    configurations have these fields, so a missing one is the normal case.
-    """
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if (getattr(config, "sliding_window", None) or max_model_len) < max_model_len and uses_window(config):
-        kinds.add("sliding_attention")
-    if not axes and "mrope_section" in rope_settings(config):
-        kinds.add("several position numbers per token")
-    if kinds:
-        raise MMToolError(f"the pt engine runs models with full attention; this one has {', '.join(sorted(kinds))}")
-
-
-def uses_window(config: Any) -> bool:
-    """Whether a configuration with a sliding window lets a layer use it; without a list of layers, all do."""
-    layers = getattr(config, "layer_types", None)
-    return layers is None or "sliding_attention" in layers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +12,23 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 if TYPE_CHECKING:
+    from mmtool.engine.stepped import Run
     from mmtool.template.base import MediaInput
 
 CAPACITY_STEP = 128  # positions; capacities are multiples of it
+
+
+class Slot:
+    """One row of the KV storage: which content its positions hold, and who uses it."""
+
+    def __init__(self, row: int) -> None:
+        self.row = row
+        self.tokens: list[int] = []  # content key of every position whose keys and values are valid
+        self.adapter: str | None = None  # which they were computed with
+        self.written = 0  # positions that may be other than zero
+        self.stretched = False  # the keys are turned for this one length
+        self.run: Run | None = None
+        self.last_used = 0
 
 
 class KVSlots:
@@ -25,8 +41,10 @@ class KVSlots:
     batch, which must not become NaN.
     """
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, spare: int = 0) -> None:
+        """``spare`` rows behind the slots belong to nobody."""
         self.num_layers = num_layers
+        self.spare = spare
         self.clear()
 
     def clear(self) -> None:
@@ -41,14 +59,31 @@ class KVSlots:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values) if tensor is not None)
 
     def reserve(self, num_slots: int, capacity: int, used: int) -> None:
-        """Make room for ``num_slots`` rows of ``capacity`` positions; the first ``used`` of every row are kept."""
-        self.num_slots = max(self.num_slots, num_slots)
-        self.capacity = max(self.capacity, capacity)
-        for layer, keys in enumerate(self.keys):
-            if keys is not None:
-                # One layer after the other, so that the old and the new of one layer alone exist at the same time.
-                self.keys[layer] = self._grown(keys, used)
-                self.values[layer] = self._grown(self.values[layer], used)
+        """Make room for ``num_slots`` rows of ``capacity`` positions; the first ``used`` of every row are kept.
+
+        Where there is not enough memory all is as before, or, if not even that can be, cleared.
+        """
+        before = self.num_slots, self.capacity
+        try:
+            self._resize(max(before[0], num_slots), max(before[1], capacity), used)
+        except BaseException:
+            try:
+                self._resize(*before, used)
+            except BaseException:
+                self.clear()
+            raise
+
+    def shrink(self, num_slots: int, capacity: int) -> None:
+        """Keep the first ``num_slots`` rows and ``capacity`` positions alone."""
+        self._resize(min(self.num_slots, num_slots), min(self.capacity, capacity), capacity)
+
+    def _resize(self, num_slots: int, capacity: int, used: int) -> None:
+        self.num_slots, self.capacity = num_slots, capacity
+        for tensors in (self.keys, self.values):
+            for layer, tensor in enumerate(tensors):
+                if tensor is not None:
+                    # One after the other, so that the old and the new of one layer alone exist at the same time.
+                    tensors[layer] = self._resized(tensor, used)
 
     def layer(self, layer: int, like_keys: Tensor, like_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer, allocated on first use like those about to be written."""
@@ -79,15 +114,31 @@ class KVSlots:
                 tensor[other, :, :length] = kept
 
     def _empty(self, like: Tensor) -> Tensor:
-        return like.new_zeros(self.num_slots, like.shape[1], self.capacity, like.shape[3])
+        shape = self.num_slots + self.spare, like.shape[1], self.capacity, like.shape[3]
+        return untouched_zeros(shape, like.dtype) if like.device.type == "cpu" else like.new_zeros(shape)
 
-    def _grown(self, tensor: Tensor, used: int) -> Tensor:
-        slots, _, capacity, _ = tensor.shape
-        if slots == self.num_slots and capacity == self.capacity:
+    def _resized(self, tensor: Tensor, used: int) -> Tensor:
+        if (tensor.shape[0], tensor.shape[2]) == (self.num_slots + self.spare, self.capacity):
             return tensor
-        grown = self._empty(tensor)
-        grown[:slots, :, :used] = tensor[:, :, :used]
-        return grown
+        resized = self._empty(tensor)
+        rows, used = min(len(tensor), len(resized)) - self.spare, min(used, tensor.shape[2], resized.shape[2])
+        resized[:rows, :, :used] = tensor[:rows, :, :used]
+        return resized
+
+
+def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return zeros on the CPU that take real memory only where something is written.
+
+    Storage for the longest conversations costs nothing then while they are short, and no time at the start.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if not num_bytes or not hasattr(mmap, "MAP_ANONYMOUS"):  # Windows
+        return torch.zeros(shape, dtype=dtype)
+    try:
+        memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {num_bytes / 1e6:.1f} MB of keys or values") from error
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 
 class SlotCache(Cache):

@@ -88,6 +88,11 @@ class StopText:
             return self.flush()
         return self._pass(self._certain())
 
+    def let_through(self, text: str) -> str:
+        """Take text in which stop words do not count, and return what can be shown."""
+        self._held += text
+        return self.flush()
+
     def flush(self) -> str:
         """Return what was held back, at the end of the text."""
         return self._pass(len(self._held.rstrip()) if self.strip else len(self._held))

@@ -7,17 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mmtool import log
-from mmtool.args import GenerationArgs, InferArgs, TemplateArgs
+from mmtool.args import InferArgs, PromptArgs, SamplingArgs
 from mmtool.engine.base import Sampling
-from mmtool.engine.create import create_engine
+from mmtool.engine.create import open_engine
 from mmtool.errors import CheckpointError, TooLongError
-from mmtool.finetuned import FineTuned, attach_adapter, open_finetuned
+from mmtool.finetuned import FineTuned, open_finetuned
 from mmtool.infer.answer import Model
 from mmtool.infer.batch import DatasetRun
 from mmtool.infer.chat import run_chat
 from mmtool.infer.single import answer_question, read_question
 from mmtool.infer.terminal import Terminal, accept_any_text
-from mmtool.loader import get_template, load_model, load_processor, open_folder
+from mmtool.loader import get_template, load_processor, open_folder
 from mmtool.models.common.folders import read_json
 from mmtool.spec import ModelSpec
 from mmtool.template.base import Template
@@ -72,9 +72,13 @@ def open_checkpoint(args: InferArgs) -> FineTuned | None:
 
 
 def open_template(
-    given: TemplateArgs, spec: ModelSpec, folder: Path, processor_kwargs: Mapping[str, Any] | None = None
+    given: PromptArgs,
+    spec: ModelSpec,
+    folder: Path,
+    processor_kwargs: Mapping[str, Any] | None = None,
+    **settings: Any,
 ) -> Template:
-    """Return what writes prompts; it needs the files of the processor only."""
+    """Return what writes prompts, with further ``settings`` of ``Template``; it needs the processor's files only."""
     with log.timed("import"), collection_paused(freeze=True):  # most of transformers comes with these
         import_object(spec.processor_class)
         import_object(spec.model_class)
@@ -85,6 +89,7 @@ def open_template(
             given.template_kwargs,
             max_length=given.max_length,
             truncation_strategy=given.truncation_strategy,
+            **settings,
         )
 
 
@@ -109,25 +114,24 @@ def load(
     args: InferArgs, spec: ModelSpec, folder: Path, template: Template, finetuned: FineTuned | None = None
 ) -> Model:
     """Load the weights, an adapter on them if there is one, and make the engine."""
-    given = args.model
     with log.timed("load"), collection_paused(freeze=True):
-        network, processor = load_model(
+        engine, generation_config = open_engine(
+            args.infer_backend,
+            args.model,
+            args.vllm,
             spec,
             folder,
-            dtype=given.dtype,
-            device_map=given.device_map,
-            attn_impl=given.attn_impl,
-            model_kwargs=given.model_kwargs,
-            processor=template.processor,
+            template,
+            finetuned,
+            merge_lora=args.checkpoint.merge_lora,
+            max_batch_size=args.data.max_batch_size,
+            max_model_len=args.vllm.max_model_len,
         )
-        if finetuned is not None and finetuned.is_adapter:
-            network = attach_adapter(network, finetuned.folder, merge=args.checkpoint.merge_lora)
-        engine = create_engine(network, processor, args.infer_backend, max_batch_size=args.data.max_batch_size)
-    sampling = read_sampling(args.generation, network.generation_config)
+    sampling = read_sampling(args.generation, generation_config)
     return Model(spec, template, engine, sampling, show_prompt=args.template.show_prompt)
 
 
-def read_sampling(given: GenerationArgs, generation_config: object) -> Sampling:
+def read_sampling(given: SamplingArgs, generation_config: object) -> Sampling:
     """Return how tokens are chosen: as asked for, and otherwise as the release says."""
     return Sampling.from_generation_config(
         generation_config,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from mmtool.data.sampling import Permutation, seed_of
+from mmtool.sft.features import SeenRows, light_row
 from mmtool.template.base import IGNORED_LABEL, MediaInput, Template
 
 Row: TypeAlias = Mapping[str, Any]
@@ -54,7 +55,7 @@ class Collator:
         self._collate = template.collate
 
     def __call__(self, items: Sequence[Row | list[Row]]) -> dict[str, Any]:
-        """Return the batch: keyword arguments of ``Learner.forward``, and ``errors`` and ``origins``."""
+        """Return the batch: keyword arguments of ``Learner.forward``, and ``errors``, ``origins``, ``light``."""
         packs = [item if isinstance(item, list) else [item] for item in items]
         found = [row for pack in packs for row in pack]
         packed = [_joined([row if "error" not in row else empty_row() for row in pack]) for pack in packs]
@@ -71,6 +72,9 @@ class Collator:
         batch["media"] = gather_media([row["media"] for row in packed], batch["input_ids"].shape[1])
         batch["errors"] = [row["error"] for row in found if "error" in row]
         batch["origins"] = [str(row["row"]) for row in found if "error" not in row and row.get("row")]
+        light = [row["light"] for row in found if "light" in row]
+        if light:
+            batch["light"] = light
         return batch
 
 
@@ -116,6 +120,85 @@ def media_batch(found: Sequence[tuple[int, MediaInput]]) -> MediaBatch:
     }
 
 
+def flat_rows(attention_mask: Tensor | None, position_ids: Tensor, labels: Tensor) -> tuple[Tensor, list[int], Tensor]:
+    """Return the rows of a right-padded batch one behind the other, without padding and rows that learn nothing.
+
+    Args:
+        attention_mask: ``(batch, seq)``; None where several rows share one.
+        position_ids: ``(batch, seq)``; then a row begins wherever they are 0.
+        labels: ``(batch, seq)``.
+
+    Returns:
+        The places of their positions in the flattened batch, their lengths, and which of these positions have a label.
+    """
+    learned = (labels != IGNORED).flatten()
+    if attention_mask is None:
+        starts = (position_ids.flatten() == 0).nonzero().squeeze(1)
+        sizes = torch.diff(starts, append=torch.tensor([learned.numel()]))
+    else:
+        starts = torch.arange(len(labels)) * labels.shape[1]
+        sizes = attention_mask.sum(1)
+    before = torch.cat([torch.zeros(1, dtype=torch.long), learned.cumsum(0)])
+    some = before[starts + sizes] > before[starts]
+    spans = list(zip(starts[some].tolist(), sizes[some].tolist(), strict=True))
+    index = torch.cat([torch.arange(start, start + size) for start, size in spans])
+    return index, [size for _, size in spans], learned[index].nonzero().squeeze(1)
+
+
+def split_batch(batch: Mapping[str, Any], most: int) -> list[dict[str, Any]]:
+    """Return a batch in pieces of at most ``most`` positions, padding not counted, or of one row.
+
+    The pieces hold the rows in their order, with less padding. Rows that share one stay together.
+    """
+    mask, width = batch["attention_mask"], batch["labels"].shape[1]
+    if mask is None or len(mask) == 1 or int(mask.sum()) <= most:
+        return [dict(batch)]
+    sizes, pieces, first, total = mask.sum(1).tolist(), [], 0, 0
+    for row, size in enumerate([*sizes, most + 1]):
+        if row > first and total + size > most:
+            pieces.append((first, row, max(sizes[first:row])))
+            first, total = row, 0
+        total += size
+    tensors = ("input_ids", "attention_mask", "position_ids", "labels")
+    return [
+        {name: batch[name][start:end, :longest] for name in tensors}
+        | {"media": _media_of_rows(batch["media"], start, end, width, longest)}
+        for start, end, longest in pieces
+    ]
+
+
+def _media_of_rows(
+    media: Mapping[str, MediaBatch], start: int, end: int, width: int, new_width: int
+) -> dict[str, MediaBatch]:
+    """Return the media of the rows ``start`` to ``end - 1``, in a batch of these rows alone."""
+    found = {}
+    for kind, batch in media.items():
+        places = batch["places"].split(batch["lengths"])
+        chosen = [item for item, at in enumerate(places) if len(at) and start <= int(at[0]) // width < end]
+        if not chosen:
+            continue
+        at = torch.cat([places[item] for item in chosen])
+        found[kind] = MediaBatch(
+            inputs=inputs_of(batch, chosen),
+            rows={name: [rows[item] for item in chosen] for name, rows in batch["rows"].items()},
+            places=(at // width - start) * new_width + at % width,
+            lengths=[batch["lengths"][item] for item in chosen],
+            keys=[batch["keys"][item] for item in chosen],
+        )
+    return found
+
+
+def inputs_of(batch: MediaBatch, chosen: Sequence[int]) -> dict[str, Tensor]:
+    """Return the input tensors of some media of a batch."""
+    if len(chosen) == len(batch["keys"]):
+        return dict(batch["inputs"])
+    picked = {}
+    for name, tensor in batch["inputs"].items():
+        pieces = tensor.split(batch["rows"][name])
+        picked[name] = torch.cat([pieces[item] for item in chosen])
+    return picked
+
+
 @dataclass(frozen=True)
 class Packs:
     """Which rows share one: pack ``i`` holds ``rows[starts[i]:starts[i + 1]]``."""
@@ -158,10 +241,17 @@ def pack_rows(lengths: np.ndarray, limit: int, seed: int, window: int = 2048) ->
 
 
 class RowDataset(torch.utils.data.Dataset):
-    """The rows of a data set, or packs of them, and an empty one at index ``EMPTY``."""
+    """The rows of a data set, or packs of them, and an empty one at index ``EMPTY``.
 
-    def __init__(self, rows: Any, packs: Packs | None = None) -> None:
-        self.rows, self.packs = rows, packs
+    Args:
+        rows: encodes a row when asked for it.
+        packs: which rows share one.
+        seen: rows that need not be encoded again; where it is given, rows that are new to it come with what it wants
+            to know of them, under ``light``.
+    """
+
+    def __init__(self, rows: Any, packs: Packs | None = None, seen: SeenRows | None = None) -> None:
+        self.rows, self.packs, self.seen = rows, packs, seen
 
     def __len__(self) -> int:
         return len(self.rows) if self.packs is None else len(self.packs)
@@ -169,8 +259,18 @@ class RowDataset(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Row | list[Row]:
         """Return an encoded row, or those of a pack."""
         if self.packs is None:
-            return empty_row() if index == EMPTY else self.rows[index]
-        return [empty_row()] if index == EMPTY else [self.rows[row] for row in self.packs[index]]
+            return empty_row() if index == EMPTY else self._row(index)
+        return [empty_row()] if index == EMPTY else [self._row(row) for row in self.packs[index]]
+
+    def _row(self, index: int) -> Row:
+        if self.seen is None:
+            return self.rows[index]
+        known = self.seen.get(index)
+        if known is not None:
+            return known
+        row = self.rows[index]
+        light = light_row(row)
+        return row if light is None else row | {"light": (index, light)}
 
 
 class StepBatches(Sampler[list[int]]):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import os
 import re
@@ -18,14 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mmtool.errors import CheckpointError, MMToolError
-from mmtool.finetuned import RECORD, SETTINGS, checkpoint_steps
+from mmtool.finetuned import RECORD, SETTINGS, checkpoint_steps, is_of_adapter
 from mmtool.log import get_logger
 from mmtool.sft.learner import Learner
+from mmtool.sft.lora import as_plain_lora
 
 logger = get_logger(__name__)
 
 ADAPTER = "adapter_model.safetensors"
-MASTER_WEIGHTS = "trainable.safetensors"  # in float32, where the model itself is saved in fewer bits
+MASTER_WEIGHTS = "trainable.safetensors"  # to go on with, where what is saved for inference is not the same
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _UNFINISHED, _DISCARDED = ".unfinished-", ".discarded-"
 _WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|index\.json)$|\..*|.*\.py|README.*")
 
@@ -56,10 +60,25 @@ def whole_or_not(folder: Path, is_main: bool, barrier: Any) -> Iterator[Path]:
         if reason is None:
             raise
         shutil.rmtree(partial, ignore_errors=True)
-        last = checkpoint_steps(folder.parent)
-        kept = f"{last[-1][1]} is intact; go on from it" if last else "no checkpoint was written before"
-        raise MMToolError(f"cannot save {folder}: {reason}", f"Make room ({kept}).") from error
+        raise _no_room(f"cannot save {folder}: {reason}", folder.parent) from error
     barrier()
+
+
+@contextmanager
+def plain_disk_errors(run: Path) -> Iterator[None]:
+    """Make a plain error of a disk that is full or broken, whatever was being written to the folder of a run."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        raise _no_room(f"cannot write to {run}: {error.strerror}", run) from error
+
+
+def _no_room(message: str, run: Path) -> MMToolError:
+    last = checkpoint_steps(run)
+    kept = f"{last[-1][1]} is intact; go on from it" if last else "no checkpoint was written before"
+    return MMToolError(message, f"Make room ({kept}).")
 
 
 def _disk_reason(error: Exception, folder: Path) -> str | None:
@@ -155,11 +174,14 @@ def save_model(
     plain = None if state is None else {name.removeprefix("model."): tensor for name, tensor in state.items()}
     if learner.model is not learner.head:
         weights = get_peft_model_state_dict(learner.model, state_dict=plain, save_embedding_layers=False)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, folder / ADAPTER)
-        config = learner.model.peft_config["default"]
-        trains, config.inference_mode = config.inference_mode, True
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        config = copy.copy(learner.model.peft_config["default"])
+        if getattr(learner.model, "drawn_adapter", None) is not None:
+            save_file(weights, folder / MASTER_WEIGHTS)
+            weights, config = as_plain_lora(learner.model, weights)
+        save_file(weights, folder / ADAPTER)
+        config.inference_mode = True
         config.save_pretrained(folder)
-        config.inference_mode = trains
     else:
         weights = dict(learner.head.state_dict()) if plain is None else plain
         rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
@@ -185,9 +207,10 @@ def trained_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def load_trained(learner: Learner, checkpoint: Path) -> None:
     """Put the weights of a checkpoint back where they were trained: adapters, or what full weights had rounded off."""
     if learner.model is not learner.head:
-        path = checkpoint / ADAPTER
+        path = checkpoint / MASTER_WEIGHTS
+        path = path if path.is_file() else checkpoint / ADAPTER
         result = set_peft_model_state_dict(learner.model, _read(path))
-        lost = [name for name in result.missing_keys if ".lora_" in name or ".modules_to_save." in name]
+        lost = [name for name in result.missing_keys if is_of_adapter(name)]
         if lost or result.unexpected_keys:
             wrong = [*lost, *result.unexpected_keys]
             raise CheckpointError(

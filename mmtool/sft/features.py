@@ -1,12 +1,18 @@
-"""Features of frozen towers, kept from the first time a medium is seen: in memory, or in the folder of the run."""
+"""Features of frozen towers, kept from the first time a medium is seen: in memory, or in the folder of the run.
+
+Rows whose media are all kept are remembered without them, so that in later epochs nothing of theirs is opened again.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +32,9 @@ class Features(Protocol):
 
     def put(self, key: str, features: Tensor) -> None:
         """Keep features, if there is room."""
+
+    def __contains__(self, key: str) -> bool:
+        """Tell whether features were kept under ``key``, so that ``get`` will find them."""
 
 
 class MemoryFeatures:
@@ -60,6 +69,9 @@ class MemoryFeatures:
             return
         self._kept[key] = kept
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._kept
+
     def __len__(self) -> int:
         return len(self._kept)
 
@@ -71,13 +83,16 @@ class DiskFeatures:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.full = False
+        self._whole: set[str] = set()  # keys of files that this process has written or read
 
     def get(self, key: str) -> Tensor | None:
         """Read what is kept under ``key``; a file that a kill left broken counts as none."""
         try:
-            return load_file(self._path(key))["features"]
+            features = load_file(self._path(key))["features"]
         except (OSError, SafetensorError, KeyError):
             return None
+        self._whole.add(key)
+        return features
 
     def put(self, key: str, features: Tensor) -> None:
         """Write features; a full disk ends that, not the run."""
@@ -89,6 +104,7 @@ class DiskFeatures:
             path.parent.mkdir(exist_ok=True)
             save_file({"features": features.detach().cpu().contiguous()}, partial)
             os.replace(partial, path)
+            self._whole.add(key)
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
             self.full = True
@@ -98,11 +114,50 @@ class DiskFeatures:
         """Remove the files."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._whole
+
     def __len__(self) -> int:
         return sum(1 for _ in self.folder.glob("*/*.safetensors"))
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
+
+
+class SeenRows:
+    """Encoded rows by their number, without the tensors of their media, whose features are kept.
+
+    Processes that load data are started anew in every epoch, and know what was here then.
+    """
+
+    def __init__(self) -> None:
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rows": {}}  # too much to send; a process that is not a fork of this one encodes its rows
+
+    def get(self, index: int) -> dict[str, Any] | None:
+        """Return a row as ``Template.encode`` made it, its media without ``inputs``."""
+        row = self._rows.get(index)
+        if row is None:
+            return None
+        return row | {name: row[name].tolist() for name in ("input_ids", "labels")}
+
+    def add(self, index: int, row: Mapping[str, Any], kept: Features) -> None:
+        """Remember a row of ``light_row`` if the features of all its media are kept."""
+        if all(item.key in kept for item in row["media"]):
+            self._rows[index] = dict(row)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+
+def light_row(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a row without what its towers take, None for one without media or with an error."""
+    if "error" in row or not row["media"]:
+        return None
+    ids = {name: np.array(row[name], np.int32) for name in ("input_ids", "labels")}
+    return {**ids, "media": [replace(item, inputs={}) for item in row["media"]], "row": row.get("row")}
 
 
 def open_features(asked: str, run: Path, num_processes: int) -> Features | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -9,7 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,42 @@ def start(args: SftArgs) -> None:
         if code:
             raise SystemExit(code)
         return
-    with log.timed("import"), collection_paused(freeze=True):
-        from mmtool.sft.main import sft_main
+    with ending_with_its_own_code() if "LOCAL_RANK" in os.environ else nullcontext():
+        with log.timed("import"), collection_paused(freeze=True):
+            from mmtool.sft.main import sft_main
 
-    sft_main(args)
+        sft_main(args)
+
+
+@contextmanager
+def ending_with_its_own_code() -> Iterator[None]:
+    """Make a process that has talked with others end with the exit code of the block, whatever its threads are doing.
+
+    The threads of gloo outlive their group where DDP or DeepSpeed keeps it. One may still be at letting go of the
+    tensor of the last exchange, for which it needs the interpreter; if that is ending by then, the thread is ended in
+    the middle of C++ code, and that aborts the process: "terminate called without an active exception". So the process
+    ends here, before the interpreter does. What was registered later, such as by torch, has run by then.
+    """
+    code = 0
+
+    def leave() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    atexit.register(leave)
+    try:
+        yield
+    except BaseException as error:
+        code = _exit_code(error)
+        raise
+
+
+def _exit_code(error: BaseException) -> int:
+    """Return what the command line makes of an error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return 2 if isinstance(error, MMToolError) else 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def wants_processes(args: SftArgs) -> bool:
@@ -106,8 +140,9 @@ def run_agent() -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):  # each has a level of its own
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.run")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run.main(sys.argv[1:])
     except ChildFailedError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from torch import Tensor, nn
 
 from mmtool.args import PartArgs, TunerArgs
 from mmtool.errors import MMToolError
@@ -21,11 +23,18 @@ logger = get_logger(__name__)
 PEFT_PREFIX = "base_model.model."
 _PLAIN_NAME = re.compile(r"[\w.]+")
 _BOOLEANS = {"true": True, "false": False}
+_INITS = re.compile(r"true|false|gaussian|olora|pissa(_niter_\d+)?|orthogonal")
 
 
 def add_adapters(model: Any, spec: ModelSpec, ways: Mapping[str, Way], tuner: TunerArgs, parts: PartArgs) -> PeftModel:
     """Freeze the model and return it with new adapters, and with whole modules that train beside them."""
     check_patterns(model, parts)
+    init = tuner.init_lora_weights.lower()
+    if _INITS.fullmatch(init) is None:
+        raise MMToolError(
+            f"--init_lora_weights {tuner.init_lora_weights}: there is no such way",
+            "Use true, false, gaussian, olora, pissa, pissa_niter_16 or orthogonal.",
+        )
     part_of = PartNames(spec.parts)
     targets = find_targets(model, spec, ways, tuner.lora_target_modules)
     targets = [name for name in targets if not matches_name(name, parts.freeze_parameters)]
@@ -38,7 +47,7 @@ def add_adapters(model: Any, spec: ModelSpec, ways: Mapping[str, Way], tuner: Tu
         r=tuner.lora_rank,
         lora_alpha=tuner.lora_alpha,
         lora_dropout=tuner.lora_dropout,
-        init_lora_weights=_BOOLEANS.get(tuner.init_lora_weights.lower(), tuner.init_lora_weights),
+        init_lora_weights=_BOOLEANS.get(init, init),
         use_dora=tuner.use_dora,
         use_rslora=tuner.use_rslora,
         target_modules=targets_pattern(targets),
@@ -46,12 +55,37 @@ def add_adapters(model: Any, spec: ModelSpec, ways: Mapping[str, Way], tuner: Tu
     )
     try:
         adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
-    except ValueError as error:  # an unknown way to initialise, a layer that cannot take an adapter
+    except ValueError as error:  # such as a layer that cannot take an adapter
         raise MMToolError(f"peft cannot add these adapters: {error}", "Check the --lora_ options.") from error
     strays = [name for name in lora_modules(adapted) if name not in set(targets)]
     assert not strays, f"adapters at {strays[:3]}, which were not asked for"
     _freeze(adapted, parts, part_of)
+    if init.startswith("pissa_niter"):
+        adapted.drawn_adapter = {name: tensor.detach().cpu().clone() for name, tensor in _matrices(adapted).items()}
     return adapted
+
+
+def _matrices(adapted: PeftModel) -> dict[str, Tensor]:
+    weights = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    return {name: tensor for name, tensor in weights.items() if ".lora_A." in name or ".lora_B." in name}
+
+
+def as_plain_lora(adapted: PeftModel, weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Return what an adapter with a random start comes to beside the weights of the base, and its configuration.
+
+    Such a start takes ``B0 A0`` out of the frozen weights; whoever loads the adapter would draw another one. As an
+    adapter of twice the rank it is ``[B, -B0] [A; A0]``, beside the frozen weights as they were.
+    """
+    drawn, config = adapted.drawn_adapter, copy.deepcopy(adapted.peft_config["default"])
+    plain = dict(weights)
+    for name, start in drawn.items():
+        tensor = weights[name].detach().cpu()
+        is_first = ".lora_A." in name
+        plain[name] = torch.cat([tensor, start if is_first else -start], dim=0 if is_first else 1)
+    config.r *= 2
+    config.lora_alpha *= 2**0.5 if config.use_rslora else 2
+    config.init_lora_weights = True
+    return plain, config
 
 
 def _freeze(adapted: PeftModel, parts: PartArgs, part_of: PartNames) -> None:
@@ -106,6 +140,8 @@ def find_targets(model: nn.Module, spec: ModelSpec, ways: Mapping[str, Way], ask
     part_of = PartNames(spec.parts)
     head = _head_names(model)
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in head]
+    never = _never_trained(model)
+    linear = [name for name in linear if name not in never]
     inside = [name for name in linear if ways.get(part_of(name)) == "lora"]
     if not asked or asked == ["DEFAULT"]:
         pattern = re.compile(spec.lora_target_modules)
@@ -128,6 +164,12 @@ def find_targets(model: nn.Module, spec: ModelSpec, ways: Mapping[str, Way], ask
             )
         found.update(dict.fromkeys(kept))
     return [name for name in linear if name in found]
+
+
+def _never_trained(model: nn.Module) -> set[str]:
+    """Return the names of linear layers that the network itself does not train, such as those of tasks switched off."""
+    linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {name for name, weight in linear if weight.is_floating_point() and not weight.requires_grad}
 
 
 def _fits(name: str, word: str) -> bool:

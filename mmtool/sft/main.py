@@ -18,13 +18,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from mmtool import __version__, log
 from mmtool.args import SftArgs
-from mmtool.data.train import load_training_data
+from mmtool.data.train import TrainingData, load_training_data
 from mmtool.errors import MMToolError
 from mmtool.finetuned import SETTINGS, VAL_DATASET, checkpoint_steps
 from mmtool.loader import get_template, load_processor, open_folder
 from mmtool.models.common.folders import read_json
 from mmtool.sft.batches import Collator, Packs, pack_rows
-from mmtool.sft.checkpoint import tidy, write_json
+from mmtool.sft.checkpoint import plain_disk_errors, tidy, write_json
 from mmtool.sft.network import Network, load_network
 from mmtool.sft.parts import format_table
 from mmtool.sft.places import find_resumed, run_folder
@@ -32,6 +32,7 @@ from mmtool.sft.progress import Progress
 from mmtool.sft.ranks import Ranks
 from mmtool.sft.settings import (
     accumulation_steps,
+    check_scheduler,
     prepare_deepspeed,
     read_deepspeed,
     read_training_args,
@@ -61,34 +62,33 @@ def sft_main(args: SftArgs) -> None:
     spec, folder = open_folder(args.model.model_type, args.model.model_id_or_path, hub=args.model.hub)
     deepspeed = read_deepspeed(args.devices.deepspeed, use_cpu)
     read_training_args(args.train.training_args)
+    check_scheduler(args.train.lr_scheduler_type)
     if args.devices.fsdp and ranks.world_size == 1:
         raise MMToolError(f"--fsdp {args.devices.fsdp} needs several processes", "Add --nproc_per_node 2, or more.")
     if deepspeed is not None:
         prepare_deepspeed(use_cpu)
     try:
         ranks.connect(use_cpu, alone=deepspeed is not None)
-        _train(args, spec, folder, ranks, use_cpu=use_cpu, deepspeed=deepspeed)
+        resumed, run = ranks.share(_places(args, spec) if ranks.is_main else None)
+        with plain_disk_errors(run):
+            _train(args, spec, folder, run, resumed, ranks, use_cpu=use_cpu, deepspeed=deepspeed)
     finally:
         ranks.disconnect()
 
 
 def _train(
-    args: SftArgs, spec: ModelSpec, folder: Path, ranks: Ranks, *, use_cpu: bool, deepspeed: dict[str, Any] | None
+    args: SftArgs,
+    spec: ModelSpec,
+    folder: Path,
+    run: Path,
+    resumed: Path | None,
+    ranks: Ranks,
+    *,
+    use_cpu: bool,
+    deepspeed: dict[str, Any] | None,
 ) -> None:
-    resumed, run = ranks.share(_places(args, spec) if ranks.is_main else None)
     template = open_template(args, spec, folder)
-    with log.timed("data"):
-        data = load_training_data(
-            args.data,
-            template,
-            spec,
-            system=args.template.system,
-            shared=run,
-            is_main=ranks.is_local_main,
-            barrier=ranks.barrier,
-        )
-    if args.template.show_prompt and ranks.is_main:
-        show_first_row(template, data.train)
+    data = _load_data(args, spec, template, run, ranks)
     seed_everything(args.train.seed)
     accumulation = accumulation_steps(args, ranks.world_size, spec.embedded is not None)
     network = load_network(
@@ -113,14 +113,7 @@ def _train(
         has_eval=data.eval is not None,
         accumulation=accumulation,
     )
-    order = {
-        "rows": data.train.fingerprint,
-        "batch_size": args.train.batch_size * ranks.world_size,
-        "gradient_accumulation_steps": accumulation,
-        "seed": args.train.seed,
-        "group_by_length": args.train.group_by_length,
-        "packing": args.train.packing,
-    }
+    order = describe_order(args, data.train.fingerprint, ranks.world_size, accumulation)
     if resumed is not None:
         compare_order(resumed, order)
     settings = describe_run(args, spec, folder, network, data.summary) | {"order": order}
@@ -151,6 +144,22 @@ def _train(
                 data.eval.write_jsonl(run / VAL_DATASET)
         run_trainer(trainer, resumed, args)
     finish(trainer, progress, run, ranks)
+
+
+def _load_data(args: SftArgs, spec: ModelSpec, template: Any, run: Path, ranks: Ranks) -> TrainingData:
+    with log.timed("data"):
+        data = load_training_data(
+            args.data,
+            template,
+            spec,
+            system=args.template.system,
+            shared=run,
+            is_main=ranks.is_local_main,
+            barrier=ranks.barrier,
+        )
+    if args.template.show_prompt and ranks.is_main:
+        show_first_row(template, data.train)
+    return data
 
 
 def _places(args: SftArgs, spec: ModelSpec) -> tuple[Path | None, Path]:
@@ -212,6 +221,18 @@ def pack(args: SftArgs, template: Any, rows: Any, network: Network) -> Packs | N
     return packs
 
 
+def describe_order(args: SftArgs, rows: str, world_size: int, accumulation: int) -> dict[str, Any]:
+    """Return what decides which rows a step sees."""
+    return {
+        "rows": rows,
+        "batch_size": args.train.batch_size * world_size,
+        "gradient_accumulation_steps": accumulation,
+        "seed": args.train.seed,
+        "group_by_length": args.train.group_by_length,
+        "packing": args.train.packing,
+    }
+
+
 def compare_order(resumed: Path, order: dict[str, Any]) -> None:
     """Say where a resumed run will not see the rows that the unbroken one would have seen."""
     saved = read_json(resumed / SETTINGS).get("order", {}) if (resumed / SETTINGS).is_file() else {}
@@ -233,7 +254,9 @@ def describe_run(
         "model_id_or_path": None if spec.embedded and args.model.model_id_or_path is None else str(folder.resolve()),
         "dtype": args.model.dtype,
         "model_kwargs": args.model.model_kwargs,
+        "processor_kwargs": args.model.processor_kwargs,
         "system": args.template.system,
+        "template_kwargs": args.template.template_kwargs,
     }
     options = asdict(args)
     explicit = sorted(options.pop("explicit"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmtool.sft.batches import MediaBatch, media_batch
 from mmtool.sft.checkpoint import load_trained
 from mmtool.sft.features import open_features
 from mmtool.sft.learner import Learner
+from mmtool.sft.llama_pass import pass_for
 from mmtool.sft.lora import PEFT_PREFIX, add_adapters
 from mmtool.sft.parts import PartNames, PartRow, choose_ways, count_parts, parts_summary, set_trainable
 from mmtool.sft.ranks import Ranks
@@ -119,6 +121,7 @@ def load_network(
         dummies={kind: _dummy(template, kind) for kind in needs_all},
         frozen_modules=_frozen_modules(model, trained, spec, prefix),
         one_piece=sharded,
+        layers=None if sharded or args.devices.torch_compile else pass_for(model.get_decoder()),
     )
     if resumed is not None:
         load_trained(learner, resumed)
@@ -132,7 +135,7 @@ def _load(args: SftArgs, spec: ModelSpec, folder: Path, template: Template, rank
     unset_hf_deepspeed_config()  # of an earlier run in this process; whole weights load, and are shared out afterwards
     keywords = dict(args.model.model_kwargs or {})
     if args.tuner.quantization_bit != "0":
-        keywords["quantization_config"] = quantization(args.tuner.quantization_bit)
+        keywords["quantization_config"] = quantization(args.tuner.quantization_bit, spec)
     if args.model.device_map is not None:
         device_map: Any = args.model.device_map
     elif use_cpu or args.devices.deepspeed or args.devices.fsdp:
@@ -151,8 +154,8 @@ def _load(args: SftArgs, spec: ModelSpec, folder: Path, template: Template, rank
     return model
 
 
-def quantization(bits: str) -> Any:
-    """Return the configuration of bitsandbytes.
+def quantization(bits: str, spec: ModelSpec) -> Any:
+    """Return the configuration of bitsandbytes: the language model in ``bits``, towers and projectors as they are.
 
     Raises:
         MMToolError: where it is not installed.
@@ -162,13 +165,18 @@ def quantization(bits: str) -> Any:
             f"--quantization_bit {bits} needs the package bitsandbytes",
             "pip install 'mmtool[quant]', or leave the option out.",
         )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of every cast of every layer
+    # Towers have a few percent of the weights, and lose more in few bits; projectors may train.
+    kept = [name for part, names in spec.parts.items() if part != "llm" for name in names]
+    kept.append("lm_head")
     if bits == "8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
     )
 
 

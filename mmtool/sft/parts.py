@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from mmtool.errors import MMToolError
 Way = Literal["frozen", "lora", "full"]
 OTHER = "other"  # parameters that no part claims; they stay as they are unless asked for by name
 PROJECTORS = ("vision_proj", "audio_proj")
+_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\.")  # some networks have a lora_* themselves
 _REGEX_SIGNS = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 
@@ -83,10 +85,14 @@ def _fullmatch(pattern: str, name: str) -> bool:
 
 
 def set_trainable(model: nn.Module, ways: Mapping[str, Way], part_of: PartNames, given: PartArgs) -> None:
-    """Set ``requires_grad`` of every parameter of a model without adapters: true where its part trains as a whole."""
+    """Set ``requires_grad`` of every parameter of a model without adapters: true where its part trains as a whole.
+
+    What a network itself does not train, such as paths for tasks that are switched off, stays frozen.
+    """
     check_patterns(model, given)
     for name, parameter in model.named_parameters():
         trains = ways.get(part_of(name)) == "full" and not matches_name(name, given.freeze_parameters)
+        trains = trains and parameter.requires_grad
         trains = trains or matches_name(name, given.additional_trainable_parameters)
         parameter.requires_grad_(trains and parameter.is_floating_point())
 
@@ -117,7 +123,8 @@ def count_parts(model: nn.Module, part_of: PartNames, base_prefix: str = "") -> 
     """Return a row per part that has parameters; adapters count for the part they sit in.
 
     Args:
-        model: the network as it trains; parameters that ZeRO-3 has partitioned count whole.
+        model: the network as it trains; parameters that ZeRO-3 has partitioned, or that are packed into 4 bits, count
+            whole.
         part_of: tells parts.
         base_prefix: what stands before the names in ``part_of``, as peft puts it there.
     """
@@ -128,17 +135,24 @@ def count_parts(model: nn.Module, part_of: PartNames, base_prefix: str = "") -> 
         part = part_of(plain)
         if ".original_module." in plain:
             continue  # the frozen twin of a module that trains as a whole
-        numel = getattr(parameter, "ds_numel", parameter.numel())
+        numel = _numel(parameter)
         entry = counts.setdefault(part, [0, 0])
         entry[1] += numel
         if parameter.requires_grad:
             entry[0] += numel
-            adapters[part] = adapters.get(part, False) or ".lora_" in plain
+            adapters[part] = adapters.get(part, False) or _LORA.search(plain) is not None
     rows = []
     for part, (trained, total) in counts.items():
         way = "frozen" if not trained else "lora" if adapters[part] else "full" if trained == total else "partly"
         rows.append(PartRow(part, way, trained, total))
     return rows
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    packed = getattr(parameter, "quant_state", None)  # of bitsandbytes: two weights in a byte
+    if packed is not None:
+        return math.prod(packed.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def format_table(rows: Sequence[PartRow]) -> str:

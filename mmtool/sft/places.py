@@ -13,11 +13,8 @@ from mmtool.finetuned import SETTINGS, TRAINER_STATE, checkpoint_steps
 from mmtool.models.common.folders import read_json
 from mmtool.options import options_of
 
-# What a resumed run need not have in common with the one before: none of it changes what is computed.
-FREE = {
-    *("resume_from_checkpoint", "output_dir", "nproc_per_node", "log_level", "verbose", "show_prompt", "tensorboard"),
-    *("dataloader_num_workers", "dataset_num_proc", "logging_steps", "save_total_limit", "cache_media_features"),
-}
+# What a resumed run does not take over from the one before: where it is, and how it talks.
+FREE = {"resume_from_checkpoint", "output_dir", "log_level", "verbose", "show_prompt"}
 
 
 def run_folder(output_dir: Path, model_type: str, suffix: bool, now: str) -> Path:

@@ -83,7 +83,8 @@ class Ranks:
         return box[0]
 
     def disconnect(self) -> None:
-        """Leave the others, or the interpreter complains at its end."""
+        """Leave the others."""
+        self._group = None
         if dist.is_initialized():
             deepspeed = sys.modules.get("deepspeed")  # it keeps groups of its own
             theirs = deepspeed is not None and deepspeed.comm.is_initialized()

@@ -11,14 +11,50 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 
 from mmtool.args import SftArgs
 from mmtool.errors import MMToolError
+from mmtool.options import options_of
 from mmtool.utils import did_you_mean
 
 LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}
 ROWS_PER_STEP = 16
+
+# Fields of TrainingArguments that mean nothing here, or something else than they say, by the reason.
+NOT_FOR_USERS = {
+    "mmtool makes the batches itself": (
+        *("train_sampling_strategy", "length_column_name", "dataloader_drop_last", "data_seed", "ignore_data_skip"),
+        *("label_names", "auto_find_batch_size", "remove_unused_columns", "dataloader_multiprocessing_context"),
+        *("dataloader_in_order", "average_tokens_across_devices", "accelerator_config", "parallelism_config"),
+    ),
+    "mmtool evaluates by the loss alone": (
+        *("prediction_loss_only", "eval_do_concat_batches", "eval_use_gather_object", "eval_accumulation_steps"),
+        *("include_for_metrics", "batch_eval_metrics", "do_train", "do_eval", "do_predict", "use_cache"),
+        *("bf16_full_eval", "fp16_full_eval", "metric_for_best_model", "greater_is_better"),
+    ),
+    "mmtool writes checkpoints itself; the best one is noted in checkpoints.json": (
+        *("load_best_model_at_end", "save_on_each_node", "enable_jit_checkpoint", "push_to_hub", "hub_token"),
+        *("hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        "restore_callback_states_from_checkpoint",
+    ),
+    "mmtool writes the log itself": (
+        *("log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "include_num_input_tokens_seen"),
+        *("skip_memory_metrics", "logging_nan_inf_filter"),
+    ),
+}
+# Fields that go by another name here.
+_NAMES = {
+    "use_cpu": "device_map",
+    "local_rank": "nproc_per_node",
+    "bf16": "dtype",
+    "fp16": "dtype",
+    "fsdp_config": "fsdp",
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "liger_kernel_config": "use_liger_kernel",
+}
 
 _OFFLOAD = {"device": "cpu", "pin_memory": True}
 _AUTO = {
@@ -221,6 +257,25 @@ def _fsdp(asked: str | None) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": config}
 
 
+def _refuse(key: str) -> None:
+    """Refuse a field of ``TrainingArguments`` that has an option of its own, or no meaning here."""
+    options = {name: option.name for option in options_of(SftArgs) for name in (option.name, *option.aliases)}
+    option = options.get(_NAMES.get(key, key))
+    if option is not None:
+        raise MMToolError(f"--training_args {key}: there is an option of its own", f"Use --{option}.")
+    for reason, names in NOT_FOR_USERS.items():
+        if key in names:
+            raise MMToolError(f"--training_args {key} has no effect: {reason}", "Leave it out.")
+
+
+def check_scheduler(name: str) -> None:
+    """Refuse a ``--lr_scheduler_type`` that transformers does not know."""
+    known = [item.value for item in SchedulerType]
+    if name not in known:
+        hint = did_you_mean(name, known, f"Choose from {', '.join(known)}.")
+        raise MMToolError(f"--lr_scheduler_type {name}: there is no such schedule", hint)
+
+
 def read_training_args(pairs: list[str]) -> dict[str, Any]:
     """Return ``KEY=VALUE`` texts as keywords of ``TrainingArguments``; values are JSON where they can be."""
     names = {item.name for item in fields(TrainingArguments)}
@@ -233,6 +288,7 @@ def read_training_args(pairs: list[str]) -> dict[str, Any]:
                 f"--training_args {key}: transformers' TrainingArguments has no such field",
                 did_you_mean(key, names, "See its documentation for the fields."),
             )
+        _refuse(key)
         try:
             values[key] = json.loads(text)
         except ValueError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mmtool.errors import DataError, MMToolError
 from mmtool.finetuned import TRAINER_STATE
 from mmtool.log import get_logger
-from mmtool.sft.batches import Collator, Packs, RowDataset, StepBatches
+from mmtool.sft.batches import Collator, Packs, RowDataset, StepBatches, split_batch
 from mmtool.sft.checkpoint import record, rotate, save_model, whole_or_not
+from mmtool.sft.features import SeenRows
 from mmtool.sft.learner import Learner
 from mmtool.sft.ranks import Ranks
 
@@ -29,6 +30,8 @@ logger = get_logger(__name__)
 
 MOST_BAD_STEPS = 5  # steps in a row whose loss or gradient is not finite, before the run stops
 REPORTED_ERRORS = 5
+# On a CPU a batch runs in pieces of so many positions: what an operation writes is still in the cache for the next one.
+POSITIONS_AT_ONCE = 1024
 
 
 @dataclass
@@ -98,19 +101,43 @@ class SftTrainer(Trainer):
         self._bad_in_a_row = 0
         self._grad_norm: float | None = None
         self._row_stop: MMToolError | None = None
+        self._learner = learner
+        learner.label_smoothing = args.label_smoothing_factor
         super().__init__(
             model=learner,
             args=args,
             data_collator=collator,
-            train_dataset=RowDataset(train, packs),
-            eval_dataset=RowDataset(eval_rows) if eval_rows is not None else None,
+            train_dataset=RowDataset(train, packs, self._seen(learner)),
+            eval_dataset=RowDataset(eval_rows, seen=self._seen(learner)) if eval_rows is not None else None,
             callbacks=[_EpochOrder(self), _Watch(self), *(callbacks or [])],
         )
         for name in ("PrinterCallback", "ProgressCallback"):
             for callback in [c for c in self.callback_handler.callbacks if type(c).__name__ == name]:
                 self.remove_callback(callback)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator; where nothing wraps the model, it need not load DeepSpeed to look for a wrapper."""
+        super().create_accelerator_and_postprocess()
+        if self.is_plain:
+            self.accelerator.unwrap_model = lambda model, **_: model
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one process trains the whole model itself."""
+        alone = self.ranks.world_size == 1 and self.args.n_gpu <= 1
+        return alone and not (self.args.deepspeed or self.args.fsdp or self.args.torch_compile)
+
     # Data -------------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _seen(learner: Learner) -> SeenRows | None:
+        return None if learner.cache is None else SeenRows()
+
+    def _remember(self, dataset: RowDataset, light: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
+        """Note rows whose media need not be opened again."""
+        if dataset.seen is not None and self._learner.cache is not None:
+            for index, row in light:
+                dataset.seen.add(index, row, self._learner.cache)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return the batches of this rank."""
@@ -149,6 +176,7 @@ class SftTrainer(Trainer):
             generator=torch.Generator().manual_seed(self.args.seed),
             worker_init_fn=_start_worker if workers else None,
             prefetch_factor=self.args.dataloader_prefetch_factor,
+            persistent_workers=bool(workers) and self.args.dataloader_persistent_workers,
         )
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -162,9 +190,14 @@ class SftTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Train on one batch; notes rows that could not be used, and a loss that is no number."""
-        errors, origins = inputs.pop("errors"), inputs.pop("origins")
+        errors, origins, light = inputs.pop("errors"), inputs.pop("origins"), inputs.pop("light", ())
         self._report_rows(errors)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        pieces = [inputs]
+        if self._learner.layers is not None and self.is_plain and num_items_in_batch is not None:
+            pieces = split_batch(inputs, POSITIONS_AT_ONCE)
+        losses = [super(SftTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces]
+        loss = sum(losses[1:], losses[0])
+        self._remember(self.train_dataset, light)
         if not math.isfinite(float(loss)):
             self._bad_loss_rows += origins
         return loss
@@ -208,6 +241,11 @@ class SftTrainer(Trainer):
                 logger.warning("left out: %s", text)
             elif self.outcome.row_errors == REPORTED_ERRORS + 1:
                 logger.warning("more rows are left out, and not told one by one")
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        if not self.is_plain:
+            return super()._clip_grad_norm(model)
+        return self.accelerator.clip_grad_norm_(self._learner.trained, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -263,8 +301,8 @@ class SftTrainer(Trainer):
             chosen = np.argpartition(-np.asarray(lengths), count - 1)[:count]
         batch = self.data_collator([self.train_dataset[int(index)] for index in chosen])
         states = torch.get_rng_state(), torch.cuda.get_rng_state()
-        for name in ("errors", "origins"):
-            batch.pop(name)
+        for name in ("errors", "origins", "light"):
+            batch.pop(name, None)
         super().training_step(self.model_wrapped, batch, (batch["labels"] != -100).sum().to(self.args.device))
         self.model_wrapped.zero_grad()
         torch.set_rng_state(states[0])
@@ -283,12 +321,15 @@ class SftTrainer(Trainer):
         model.eval()
         total = count = 0.0
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            loader = self.get_eval_dataloader(eval_dataset)
+            for batch in loader:
                 batch.pop("origins")
+                light = batch.pop("light", ())
                 self._report_rows(batch.pop("errors"))
                 inputs = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     total += float(model(**inputs)["total"])
+                self._remember(loader.dataset, light)
                 count += float((inputs["labels"] != -100).sum())
         model.train()
         total, count = self.ranks.sum(total, count)

@@ -20,6 +20,7 @@ from mmtool.media import MediaLimits, describe_source, load_image
 from mmtool.messages import Audio, Image, Message, check_turns, to_messages
 from mmtool.template.formats import ChatFormat, Piece
 from mmtool.template.show import show_prompt
+from mmtool.template.tools import CallFormat
 
 if TYPE_CHECKING:
     from rich.text import Text as RichText
@@ -97,6 +98,8 @@ class Template:
     penalize_prompt: ClassVar[bool] = True  # False where the release's repetition penalty sees new tokens only
     skip_special_tokens: ClassVar[bool] = True  # in the text of an answer
     strip_answer: bool = True
+    prepares_alone: ClassVar[bool] = False  # True where preparing media uses the tokenizer, which is for one thread
+    call_format: CallFormat | None = None  # how answers call tools; set by ``with_tools``
 
     def __init__(
         self,
@@ -178,6 +181,18 @@ class Template:
                         f"messages[{index}]: {self.template_type} takes media in user messages only, "
                         f"not in one of the {message.role}"
                     )
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> Template:
+        """Return a template for conversations in which functions can be called; this one stays as it is.
+
+        Args:
+            tools: the functions as OpenAI's interface has them, ``{"type": "function", "function": {..}}``; none where
+                only earlier turns called any.
+
+        Raises:
+            MMToolError: where the family has no format for that.
+        """
+        raise MMToolError(f"the template {self.template_type} has no format for tools")
 
     # -- the one path ------------------------------------------------------------------------------------------------
 

@@ -62,7 +62,7 @@ def answers(engine, prompts, length=9):
 @pytest.mark.parametrize("max_batch_size", [1, 3, 5])
 def test_rows_do_not_change_each_others_base(model, max_batch_size):
     prompts = [ids(name) for name in ("long", "short", "crossing", "longer", "exact", "short")]
-    engine = PtEngine(copy.deepcopy(model), Letters(), max_batch_size=max_batch_size, prefill_tokens=16)
+    engine = PtEngine(copy.deepcopy(model), Letters(), max_batch_size=max_batch_size, prefill_chunk=16)
     assert answers(engine, prompts) == [generated(model, prompt) for prompt in prompts]
     assert answers(engine, prompts[::-1]) == [generated(model, prompt) for prompt in prompts[::-1]]
 

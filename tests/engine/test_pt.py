@@ -41,8 +41,9 @@ def test_greedy_answers_are_those_of_generate_through_the_models_own_forward(sma
     assert engine._step is None
 
 
-def test_prompts_computed_in_parts_give_the_same(small, mixed):
-    engine = small.engine(max_batch_size=3, prefill_tokens=5)  # parts end inside pictures
+def test_prompts_computed_in_parts_give_the_same(small, mixed, monkeypatch):
+    monkeypatch.setattr("mmtool.engine.pt.PREFILL_ALONE", 5)
+    engine = small.engine(max_batch_size=3, prefill_chunk=5)  # parts end inside pictures
     assert small.answers(engine, mixed) == [small.generated(request) for request in mixed]
 
 
@@ -197,6 +198,27 @@ def test_long_conversation_survives_another_that_begins_alike(small):
     assert engine.stats.cached_tokens == 10 + 110 + 7
 
 
+@pytest.mark.parametrize("steps", [1, 2, 9])
+def test_prefix_of_a_request_that_is_still_answering(small, steps):
+    engine = small.engine(max_batch_size=2)
+    start = small.ids(1, 20), small.picture(1), small.ids(2, 6)
+    first = small.request(*start, max_new_tokens=12)
+    second = small.request(*start, small.ids(3, 7), small.picture(2), max_new_tokens=12)
+    found = [[], []]
+    engine.submit(first, found[0].append)
+    for _ in range(steps):
+        engine.step()
+    engine.submit(second, found[1].append)
+    while engine.busy:
+        engine.step()
+    assert [sum((delta.token_ids for delta in deltas), ()) for deltas in found] == [
+        small.generated(first), small.generated(second),
+    ]  # fmt: skip
+    assert [deltas[-1].usage.cached_tokens for deltas in found] == [0, 42]
+    assert [deltas[-1].usage.image_features_computed for deltas in found] == [1, 1]
+    assert engine.stats.prefill_tokens == 42 + 7 + 16
+
+
 def test_oldest_conversation_makes_room(small):
     engine = small.engine(max_batch_size=2)
     chats = [small.request(small.ids(seed, 20)) for seed in (1, 2, 3)]
@@ -266,7 +288,7 @@ def test_interrupted_at_any_moment_the_next_call_works(small, mixed, moment, cal
 
     part = {"lm_head": model.lm_head, "norm": model.model.language_model.norm, "vision_tower": model.model.vision_tower}
     part[moment].register_forward_pre_hook(interrupt)
-    engine = small.engine(model, max_batch_size=3, prefill_tokens=8)
+    engine = small.engine(model, max_batch_size=3, prefill_chunk=8)
     with pytest.raises(KeyboardInterrupt):
         small.answers(engine, mixed)
     assert not engine.busy
@@ -393,7 +415,7 @@ def test_failing_requests_leave_the_others_alone(small, mixed):
             assert sum((delta.token_ids for delta in answers[index]), ()) == small.generated(request)
 
 
-def test_failing_step_fails_those_in_it_and_no_other(small, mixed):
+def test_failing_step_is_tried_again_row_by_row(small, mixed):
     model = small.network()
     steps = []
 
@@ -404,16 +426,44 @@ def test_failing_step_fails_those_in_it_and_no_other(small, mixed):
 
     model.lm_head.register_forward_pre_hook(fail)
     engine = small.engine(model, max_batch_size=3)
-    failed = [delta.index for delta in engine.generate(mixed, errors="yield") if delta.error]
-    assert len(failed) == 3
     assert small.answers(engine, mixed) == [small.generated(request) for request in mixed]
+    assert steps.count(3) > 2
+
+
+def test_failing_row_fails_alone(small, mixed):
+    """One answer comes to a token that nothing can go on from; no other has that token."""
+    expected = [small.generated(request) for request in mixed]
+    guilty, place = 4, 5
+    poison = expected[guilty][place]
+    seen = [token for index, request in enumerate(mixed) for token in (*request.input_ids, *expected[index])]
+    assert seen.count(poison) == 1
+    model = small.network()
+
+    def fail(module, args, output):
+        if (args[0] == poison).any():
+            raise RuntimeError("this row")
+
+    model.get_input_embeddings().register_forward_hook(fail)
+    answers: dict[int, tuple[int, ...]] = {}
+    failed = []
+    engine = small.engine(model, max_batch_size=3)
+    for delta in engine.generate(mixed, errors="yield"):
+        answers[delta.index] = answers.get(delta.index, ()) + delta.token_ids
+        failed += [delta.index] * (delta.error is not None)
+    assert failed == [guilty]
+    assert answers.pop(guilty) == expected[guilty][: place + 1]
+    assert answers == {index: ids for index, ids in enumerate(expected) if index != guilty}
 
 
 def test_numbers_gone_bad_stay_with_the_request_they_came_from(small):
     """A row of NaN lies in the slot of a request that is over; a shorter request there runs beside a longer one."""
     nan = dataclasses.replace(small.picture(1), inputs={"pixel_values": torch.full((1, 3, 56, 56), torch.nan)})
     engine = small.engine(max_batch_size=2)
-    small.answers(engine, [small.request(nan, small.ids(seed, 40)) for seed in (1, 2)])
+    bad = [small.request(nan, small.ids(seed, 40)) for seed in (1, 2)]
+    bad[1].sampling = Sampling(do_sample=True, seed=1, top_p=0.9)
+    found = list(engine.generate(bad, errors="yield"))
+    assert [type(delta.error) for delta in found] == [MMToolError] * 2
+    assert all("not finite" in str(delta.error) for delta in found)
     good = [small.request(small.ids(3, 5)), small.request(small.ids(4, 50))]
     assert small.answers(engine, good) == [small.generated(request) for request in good]
 

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -11,7 +14,7 @@ from transformers import (
 )
 
 from mmtool.engine.base import Sampling
-from mmtool.engine.sampling import Draw, Sampler
+from mmtool.engine.sampling import Draw, RowError, Sampler, unpacked, without_tokens
 from mmtool.errors import MMToolError
 
 CPU = torch.device("cpu")
@@ -44,6 +47,9 @@ def drawn(sampling: Sampling, logits: torch.Tensor, count: int) -> torch.Tensor:
         {"top_p": 1e-6},
         {"top_k": 12, "top_p": 0.8, "temperature": 1.3},
         {"top_k": 1000},
+        {"min_p": 0.2},
+        {"min_p": 1.0},
+        {"min_p": 0.05, "top_k": 20, "top_p": 0.95, "temperature": 2.0},
     ],
 )
 def test_tokens_come_as_often_as_transformers_warpers_say(settings):
@@ -53,6 +59,8 @@ def test_tokens_come_as_often_as_transformers_warpers_say(settings):
         warped = TopKLogitsWarper(settings["top_k"])(None, warped)
     if "top_p" in settings:
         warped = TopPLogitsWarper(settings["top_p"])(None, warped)
+    if "min_p" in settings:
+        warped = MinPLogitsWarper(settings["min_p"])(None, warped)
     expected = warped.softmax(-1)[0]
     torch.manual_seed(1)
     count = 20000
@@ -81,6 +89,72 @@ def test_tokens_seen_stay_with_their_row_when_the_batch_changes():
     assert Sampler([one], CPU)(logits).tolist() == [3]
 
 
+def test_presence_and_frequency_penalties_count_the_answer_alone():
+    """As OpenAI documents them: taken off the logits once, and once per occurrence."""
+    sampling = Sampling(presence_penalty=0.7, frequency_penalty=0.45)
+    one, other = draws(sampling, Sampling(), prompt=(3, 4, 4, 7))
+    counts = torch.zeros(VOCABULARY)
+    logits = logits_of(2, 3)
+    plain = logits[1].argmax().item()
+    for step in range(25):
+        expected = int((logits[0] - 0.45 * counts - 0.7 * (counts > 0)).argmax())
+        rows = [other, one] if step % 2 else [one, other]  # rows may change places
+        found = Sampler(rows, CPU)(logits.flip(0) if step % 2 else logits).tolist()
+        assert found == ([plain, expected] if step % 2 else [expected, plain])
+        counts[expected] += 1
+    assert counts.max() > 1 and (counts > 0).sum() > 3
+
+
+def test_negative_penalties_make_tokens_come_again():
+    (draw,) = draws(Sampling(presence_penalty=-50.0, do_sample=True, seed=1))
+    ids = [Sampler([draw], CPU)(logits_of(1, seed)).item() for seed in range(8)]
+    assert len(set(ids)) == 1
+
+
+def test_a_failing_row_leaves_the_draws_of_all_as_they_were():
+    class Broken:
+        finished = False
+
+        def allowed(self):
+            raise RuntimeError("no")
+
+    good, bad = Sampling(do_sample=True, seed=5), Sampling(do_sample=True, seed=6)
+    alone = [Sampler(draws(good), CPU)(logits_of(1)).tolist()]
+    row = draws(good)[0]
+    with pytest.raises(RowError) as caught:
+        Sampler([row, Draw(bad, (), VOCABULARY, CPU, grammar=Broken())], CPU)(logits_of(1).expand(2, -1))
+    assert caught.value.row == 1
+    assert [Sampler([row], CPU)(logits_of(1)).tolist()] == alone
+
+
+@given(st.sets(st.integers(0, 127)), st.sets(st.integers(0, 127)), st.integers(97, 128))
+def test_packed_masks(tokens, removed, vocab_size):
+    words = [0] * 4
+    for token in tokens:
+        words[token // 32] |= 1 << token % 32
+    packed = torch.tensor(words).to(torch.int32)
+    for mask, expected in ((packed, tokens), (without_tokens(packed, sorted(removed)), tokens - removed)):
+        found = unpacked(torch.stack([mask, packed]), vocab_size)
+        assert found.shape == (2, vocab_size)
+        assert set(found[0].nonzero().flatten().tolist()) == {token for token in expected if token < vocab_size}
+
+
+def test_least_length_holds_where_a_grammar_leaves_a_choice():
+    class Digits:
+        finished = False
+
+        def __init__(self, tokens):
+            self.mask = torch.tensor([sum(1 << token for token in tokens)])
+
+        def allowed(self):
+            return self.mask.to(torch.int32)
+
+    logits = torch.arange(VOCABULARY, 0, -1.0).unsqueeze(0)
+    for tokens, expected in (((3, 9, 31), [9, 9, 3]), ((3,), [3, 3, 3])):
+        draw = Draw(Sampling(min_new_tokens=2), (), VOCABULARY, CPU, (3,), Digits(tokens))
+        assert [Sampler([draw], CPU)(logits).item() for _ in range(3)] == expected
+
+
 def test_rows_do_not_depend_on_each_other():
     settings = [
         Sampling(),
@@ -90,14 +164,16 @@ def test_rows_do_not_depend_on_each_other():
         Sampling(do_sample=True, seed=3, top_k=20, top_p=0.9, temperature=3.0),
         Sampling(repetition_penalty=1.5),
         Sampling(do_sample=True, seed=4, repetition_penalty=2.0),
+        Sampling(do_sample=True, seed=5, min_p=0.1, presence_penalty=1.0, logprobs=2),
+        Sampling(frequency_penalty=0.5, logit_bias={3: 2.0, 4: -1.0}),
     ]
 
     def run(rows: list[int]) -> list[list[int]]:
         sampler = Sampler(draws(*[settings[row] for row in rows], prompt=(1, 2)), CPU)
-        return torch.stack([sampler(logits_of(7, seed)[rows]) for seed in range(40)], 1).tolist()
+        return torch.stack([sampler(logits_of(9, seed)[rows]) for seed in range(40)], 1).tolist()
 
-    together = run(list(range(7)))
-    assert [run([row])[0] for row in range(7)] == together
+    together = run(list(range(9)))
+    assert [run([row])[0] for row in range(9)] == together
     assert run([4, 1, 0]) == [together[4], together[1], together[0]]
 
 
@@ -137,6 +213,13 @@ def test_settings_of_a_release_and_what_replaces_them():
         {"top_p": 1.5},
         {"top_k": -1},
         {"repetition_penalty": 0.0},
+        {"min_p": 1.1},
+        {"presence_penalty": float("inf")},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {1: float("nan")}},
+        {"min_new_tokens": 5, "max_new_tokens": 4},
+        {"logprobs": 21},
     ],
 )
 def test_settings_out_of_range_are_errors_that_name_them(wrong):

@@ -52,7 +52,7 @@ def no_weights(monkeypatch):
     def load_model(*args, **kwargs):
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr(main, "load_model", load_model)
+    monkeypatch.setattr(main, "open_engine", load_model)
 
 
 def expected(model, content):

@@ -38,6 +38,7 @@ def test_the_folder_alone_says_what_it_is(hearing_model):
 
 def test_the_chat_takes_a_picture_and_a_sound_in_one_turn(omni, hearing_model, monkeypatch, capsys):
     picture, sound = omni / "media" / "square_448.png", omni / "media" / "speech_16k_mono.wav"
+    assert picture.stat().st_size and sound.stat().st_size
     lines = ("Please answer.", f"{sound} '{picture}'", "clear", "Convert speech to text.", str(sound), "--help")
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     run_chat(hearing_model, Terminal())

@@ -1,6 +1,7 @@
 """Every native family trains: the losses of the originals, adapters where they belong, gradients that arrive."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from mmtool.loader import fit_layout, get_template, load_model, open_folder
 from mmtool.sft.batches import Collator, pack_rows
 from mmtool.sft.learner import Learner
 from mmtool.sft.lora import add_adapters, lora_modules
-from mmtool.sft.parts import PartNames, choose_ways
+from mmtool.sft.parts import PartNames, choose_ways, set_trainable
 
 # The folder of golden data, and where the loss is recorded that is ours; None where the tests of the family know how
 # the recorded layouts and ours differ.
@@ -50,6 +51,23 @@ def conversations(folder: Path) -> list[tuple[list[dict[str, Any]], dict[str, An
 def loss_of(learner: Learner, rows: list[Any], template: Any) -> torch.Tensor:
     batch = Collator(template)(rows)
     return learner(**{name: value for name, value in batch.items() if name not in ("errors", "origins")})["loss"]
+
+
+@pytest.mark.parametrize("sft_type", ["lora", "full"])
+def test_the_task_paths_of_a_release_stay_frozen(sft_type: str, golden: Callable[[str], Path]) -> None:
+    spec, checkpoint = open_folder(None, golden("internlm-xcomposer2_5") / "checkpoint")
+    model, _ = load_model(spec, checkpoint, dtype="fp32")
+    assert [name for name, _ in model.named_parameters() if "lora_sft" in name]
+    ways = choose_ways(PartArgs(), sft_type, spec.parts)
+    if sft_type == "lora":
+        trained: Any = add_adapters(model, spec, ways, TunerArgs(lora_target_modules=["ALL"]), PartArgs())
+        assert not any("lora_sft" in name or "lora_dpo" in name for name in lora_modules(trained))
+    else:
+        trained = model
+        set_trainable(model, ways, PartNames(spec.parts), PartArgs())
+    training = {name for name, p in trained.named_parameters() if p.requires_grad}
+    assert training
+    assert not any(re.search(r"\.lora_(sft|dpo|web)_", name) for name in training)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -124,5 +124,5 @@ def test_other_kinds_of_adapters_leave_the_answer_as_it_was(model: Any, kind: di
 
 def test_an_unknown_initialisation_is_refused(model: Any) -> None:
     ways = choose_ways(PartArgs(), "lora", SPEC.parts)
-    with pytest.raises(MMToolError, match="peft cannot add these adapters"):
+    with pytest.raises(MMToolError, match="--init_lora_weights best: there is no such way"):
         add_adapters(model, SPEC, ways, TunerArgs(init_lora_weights="best"), PartArgs())

@@ -1,7 +1,9 @@
 """`mmtool sft` in this process: what it writes, going on exactly, and what it does when something goes wrong."""
 
 import errno
+import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -120,6 +122,67 @@ def test_the_adapter_loads_with_plain_peft_and_with_ours(ran: Path) -> None:
     torch.testing.assert_close(merged, ours, atol=1e-4, rtol=0)
 
 
+def test_an_adapter_with_a_random_start_is_saved_as_a_plain_one_and_goes_on_exactly(
+    sft_args: Make, tmp_path: Path
+) -> None:
+    """PiSSA by random SVD takes a part out of the frozen weights that nobody could draw again."""
+    options = {"init_lora_weights": "pissa_niter_4", "learning_rate": 1e-2, "save_steps": 1, "save_total_limit": 0}
+    sft_main(sft_args(**options))
+    run, again = tmp_path / "run", tmp_path / "again"
+    ids = torch.arange(5, 25).unsqueeze(0)
+    first = load_model(*open_folder("tiny"))[0]
+    torch.manual_seed(1)
+    with torch.no_grad():
+        before = first(input_ids=ids).logits
+        plain = PeftModel.from_pretrained(first, run / "checkpoint-2").eval()
+        ours = attach_adapter(load_model(*open_folder("tiny"))[0], run / "checkpoint-2", merge=True)
+        found = plain(input_ids=ids).logits
+        torch.testing.assert_close(ours(input_ids=ids).logits, found, atol=1e-4, rtol=0)
+    assert not torch.allclose(found, before, atol=0.1)
+    assert plain.peft_config["default"].r == 16
+    raw = load_file(run / "checkpoint-2" / "trainable.safetensors")
+    assert {min(tensor.shape) for tensor in raw.values()} == {8}
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "checkpoint-2")
+    sft_main(with_saved_options(read_args(SftArgs, ["--resume_from_checkpoint", str(again)], "mmtool sft")))
+    assert losses(again) == losses(run)
+    assert_equal(weights(again / "checkpoint-2"), weights(run / "checkpoint-2"))
+
+
+def test_smoothed_labels_change_the_training_and_not_the_evaluation(sft_args: Make, tmp_path: Path) -> None:
+    options = {"dataset_test_ratio": 0.2, "learning_rate": 0.0, "max_steps": 1, "save_steps": 1}
+    sft_main(sft_args(**options))
+    sft_main(sft_args(**options, training_args=["label_smoothing_factor=0.2"], output_dir=str(tmp_path / "smooth")))
+    assert losses(tmp_path / "smooth", "eval_loss") == pytest.approx(losses(tmp_path / "run", "eval_loss"))
+    assert abs(losses(tmp_path / "smooth")[1] - losses(tmp_path / "run")[1]) > 0.01
+
+
+def test_a_resumed_run_takes_over_what_it_was_told(sft_args: Make, tmp_path: Path) -> None:
+    sft_main(sft_args(max_steps=1, save_steps=1, save_total_limit=7, nproc_per_node=1))
+    words = ["--resume_from_checkpoint", "last", "--output_dir", str(tmp_path / "run"), "--batch_size", "3"]
+    args = with_saved_options(read_args(SftArgs, words, "mmtool sft"))
+    assert (args.run.save_total_limit, args.run.logging_steps, args.devices.nproc_per_node) == (7, 1, 1)
+    assert args.train.batch_size == 3
+
+
+def test_few_bits_are_refused_where_the_package_is_missing(sft_args: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(MMToolError, match="--quantization_bit 4 needs the package bitsandbytes"):
+        sft_main(sft_args(quantization_bit="4"))
+
+
+@pytest.mark.parametrize("bits", ["4", "8"])
+def test_adapters_train_beside_weights_of_few_bits(sft_args: Make, tmp_path: Path, bits: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    sft_main(sft_args(quantization_bit=bits, tune_vision_proj="true", max_steps=2))
+    parts = json.loads((tmp_path / "run" / "sft_args.json").read_text())["parts"]
+    assert parts["llm"]["parameters"] > 3_000_000, "all of them count"
+    assert all(math.isfinite(loss) for loss in losses(tmp_path / "run").values())
+    saved = weights(tmp_path / "run" / "checkpoint-2")
+    assert all(tensor.is_floating_point() for tensor in saved.values())
+
+
 def test_infer_answers_the_rows_that_the_run_kept(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     result = tmp_path / "answers.jsonl"
     words = ["--ckpt_dir", str(ran), "--load_dataset_config", "true", "--result_path", str(result)]
@@ -130,9 +193,16 @@ def test_infer_answers_the_rows_that_the_run_kept(ran: Path, tmp_path: Path, cap
     assert all(answer["label"] and answer["response"] is not None for answer in answers)
 
 
-def test_a_checkpoint_knows_its_system_text(sft_args: Make, tmp_path: Path) -> None:
-    sft_main(sft_args(system="Be brief.", max_steps=1))
+def test_a_checkpoint_alone_knows_its_prompt(sft_args: Make, tmp_path: Path) -> None:
+    sft_main(sft_args(system="Be brief.", max_steps=1, processor_kwargs={"max_tiles": 1}, template_kwargs={}))
+    (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "elsewhere").rename(tmp_path / "run")
     finetuned = open_finetuned(tmp_path / "run")
+    args = read_args(InferArgs, ["--ckpt_dir", str(tmp_path / "run")], "mmtool infer")
+    finetuned.fill(args.model, args.explicit)
+    assert args.model.model_type == "tiny"
+    assert args.model.processor_kwargs == {"max_tiles": 1}
     args = read_args(InferArgs, ["--ckpt_dir", str(tmp_path / "run")], "mmtool infer")
     finetuned.fill(args.template, args.explicit)
     assert args.template.system == "Be brief."
@@ -206,6 +276,28 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
         sft_main(sft_args(save_steps=1, max_steps=3))
     assert [step for step, _ in checkpoint_steps(tmp_path / "run")] == [1]
     assert weights(tmp_path / "run" / "checkpoint-1")
+
+
+@pytest.mark.parametrize("place", ["data", "sft_args.json", "logging.jsonl", "val_dataset.jsonl"])
+def test_a_disk_that_is_full_at_any_time_is_a_plain_error(
+    sft_args: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """Every file of the run is written through ``open``: the disk takes no more than the first checkpoint."""
+    opened = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        name = str(self).partition(str(tmp_path / "run"))[2].strip("/")
+        later = (tmp_path / "run" / "checkpoint-1").is_dir() or place != "logging.jsonl"
+        if name.startswith(place) and not mode.startswith("r") and later:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(MMToolError, match="No space left on device") as error:
+        sft_main(sft_args(save_steps=1, max_steps=3, dataset_test_ratio=0.2))
+    found = [path.name for _, path in checkpoint_steps(tmp_path / "run")]
+    assert found == (["checkpoint-1"] if place == "logging.jsonl" else [])
+    assert ("checkpoint-1 is intact" in str(error.value.hint)) == bool(found)
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, passes: set[int]) -> list[int]:
@@ -297,8 +389,11 @@ def test_a_dead_data_process_ends_the_run_with_a_checkpoint(
         ({"fsdp": "full_shard"}, "--fsdp full_shard needs several processes"),
         ({"training_args": ["adam_beta3=0.9"]}, "has no such field"),
         ({"training_args": ["lr_scheduler_kwargs=7", "optim=best"]}, "transformers refuses"),
+        ({"training_args": ["per_device_train_batch_size=4"]}, "there is an option of its own"),
+        ({"training_args": ["bf16=true"]}, "there is an option of its own"),
+        ({"training_args": ["load_best_model_at_end=true"]}, "has no effect"),
+        ({"lr_scheduler_type": "cosin"}, "--lr_scheduler_type cosin: there is no such schedule"),
         ({"tune_audio_encoder": "true"}, "this model has no such part"),
-        ({"quantization_bit": "4"}, "needs the package bitsandbytes"),
     ],
 )
 def test_what_cannot_be_is_told_in_one_line(sft_args: Make, changed: dict[str, Any], said: str) -> None:

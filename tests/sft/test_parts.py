@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -116,3 +118,24 @@ def test_whole_numbers_never_train() -> None:
     net.register_parameter("count", nn.Parameter(torch.zeros(1, dtype=torch.int8), requires_grad=False))
     set_trainable(net, {}, PartNames({}), PartArgs(additional_trainable_parameters=["count", "lm_head"]))
     assert [name for name, p in net.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+
+
+def test_what_the_network_itself_does_not_train_stays_frozen() -> None:
+    net = Net()
+    net.model["language_model"]["layers"][0].lora_task_A = nn.Linear(4, 2, bias=False).requires_grad_(False)
+    name = "model.language_model.layers.0.lora_task_A"
+    ways = choose_ways(PartArgs(), "full", PARTS)
+    set_trainable(net, ways, PartNames(PARTS), PartArgs())
+    assert not net.get_parameter(f"{name}.weight").requires_grad
+    rows = {row.part: row for row in count_parts(net, PartNames(PARTS))}
+    assert (rows["llm"].way, rows["llm"].trained, rows["llm"].total) == ("partly", 60, 68), "and is no adapter"
+    set_trainable(net, ways, PartNames(PARTS), PartArgs(additional_trainable_parameters=[name]))
+    assert net.get_parameter(f"{name}.weight").requires_grad
+
+
+def test_weights_packed_into_four_bits_count_whole() -> None:
+    net = Net()
+    net.lm_head.weight = nn.Parameter(torch.zeros(10, 1, dtype=torch.uint8), requires_grad=False)
+    net.lm_head.weight.quant_state = SimpleNamespace(shape=(5, 4))
+    rows = {row.part: row for row in count_parts(net, PartNames(PARTS))}
+    assert rows["llm"].total == 60

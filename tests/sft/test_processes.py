@@ -1,5 +1,6 @@
 """Several processes: the losses are those of one at the same global batch, and nothing hangs. Kills, too."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from mmtool.args import SftArgs
 from mmtool.finetuned import checkpoint_steps
 from mmtool.options import read_args
 from mmtool.sft.main import sft_main
+from mmtool.sft.places import with_saved_options
 from mmtool.sft.progress import read_log
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
@@ -80,35 +82,38 @@ def test_an_error_in_several_processes_is_two_lines(tmp_path: Path) -> None:
     assert "Traceback" not in ran.stderr
 
 
+KINDS = {"lora": [], "full": FULL, "vision": VISION}
+# In this order: DeepSpeed leaves variables in the environment which FSDP does not like.
+WAYS = {
+    "ddp": [],
+    "fsdp": ["--fsdp", "full_shard"],
+    "zero2": ["--deepspeed", "default-zero2"],
+    "zero3": ["--deepspeed", "default-zero3"],
+}
+
+
 @pytest.fixture(scope="module")
 def singles(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The runs of one process that others are compared with."""
     folder = tmp_path_factory.mktemp("one")
-    return {
-        name: one_process(data_file, folder / name, *more)
-        for name, more in {"lora": [], "full": FULL, "vision": VISION}.items()
-    }
+    return {name: one_process(data_file, folder / name, *more) for name, more in KINDS.items()}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["ddp", "default-zero2", "default-zero3", "fsdp"])
-def test_two_processes_have_the_losses_of_one(
-    way: str, singles: dict[str, Path], data_file: Path, tmp_path: Path
-) -> None:
-    """LoRA, full, and full with the tower: batches in which one process has no picture are among them."""
-    if way.startswith("default"):
-        pytest.importorskip("deepspeed")
-    extra = {"ddp": [], "fsdp": ["--fsdp", "full_shard"]}.get(way, ["--deepspeed", way])
-    kinds = {"lora": [], "full": FULL, "vision": VISION}
+@pytest.fixture(scope="module")
+def pairs(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """The runs of two processes, all of them in the same two, since imports take longer than the trainings."""
+    folder = tmp_path_factory.mktemp("two")
+    ways = WAYS if importlib.util.find_spec("deepspeed") else {way: WAYS[way] for way in ("ddp", "fsdp")}
+    runs = {(way, kind): folder / f"{way}-{kind}" for way in ways for kind in KINDS}
     scenarios = [
-        [free_port(), *words(data_file, tmp_path / name, "--batch_size", "2", *more, *extra)]
-        for name, more in kinds.items()
+        [free_port(), *words(data_file, run, "--batch_size", "2", *KINDS[kind], *WAYS[way])]
+        for (way, kind), run in runs.items()
     ]
-    (tmp_path / "scenarios.json").write_text(json.dumps(scenarios))
-    files = [(tmp_path / f"rank{rank}").open("w") for rank in range(2)]
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    files = [(folder / f"rank{rank}").open("w") for rank in range(2)]
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(tmp_path / "scenarios.json")],
+            [sys.executable, str(SCRIPT), str(folder / "scenarios.json")],
             env=ENVIRONMENT | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
             stdout=subprocess.DEVNULL,
             stderr=file,
@@ -122,26 +127,113 @@ def test_two_processes_have_the_losses_of_one(
         for process, file in zip(processes, files, strict=True):
             process.kill()
             file.close()
-    told = [(tmp_path / f"rank{rank}").read_text() for rank in range(2)]
+    told = [(folder / f"rank{rank}").read_text() for rank in range(2)]
     assert [process.returncode for process in processes] == [0, 0], told[0][-3000:] + told[1][-3000:]
-    for name in kinds:
-        assert_same_losses(tmp_path / name, singles[name])
-        found, expected = (
-            {p.name: load_file(p) for p in (run / "checkpoint-4").glob("*.safetensors")}
-            for run in (tmp_path / name, singles[name])
-        )
-        assert found.keys() == expected.keys()
-        for file, tensors in expected.items():
-            assert found[file].keys() == tensors.keys()
-            worst = max(
-                float((found[file][key].float() - tensor.float()).abs().max()) for key, tensor in tensors.items()
-            )
-            assert worst < 2e-3, f"{name}: {worst}"  # Adam makes steps of 1e-4 of gradients that are noise
+    return runs
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_have_the_losses_of_one(
+    way: str, kind: str, singles: dict[str, Path], pairs: dict[tuple[str, str], Path]
+) -> None:
+    """LoRA, full, and full with the tower: batches in which one process has no picture are among them."""
+    if (way, kind) not in pairs:
+        pytest.skip("needs the package deepspeed")
+    run = pairs[way, kind]
+    assert_same_losses(run, singles[kind])
+    found, expected = (
+        {p.name: load_file(p) for p in (folder / "checkpoint-4").glob("*.safetensors")}
+        for folder in (run, singles[kind])
+    )
+    assert found.keys() == expected.keys()
+    for file, tensors in expected.items():
+        assert found[file].keys() == tensors.keys()
+        worst = max(float((found[file][key].float() - tensor.float()).abs().max()) for key, tensor in tensors.items())
+        assert worst < 2e-3, f"{kind}: {worst}"  # Adam makes steps of 1e-4 of gradients that are noise
+
+
+ENDINGS = [("pass", 0), ("raise SystemExit(3)", 3), ("raise MMToolError('no')", 2), ("1 / 0", 1)]
+
+
+@pytest.mark.parametrize(("what", "code"), ENDINGS)
+def test_a_process_among_others_ends_with_its_own_code(what: str, code: int) -> None:
+    """Whatever its threads are doing: here, what the interpreter would do last makes it fail."""
+    script = f"""
+import atexit, os
+from mmtool.errors import MMToolError
+from mmtool.sft.launch import ending_with_its_own_code
+atexit.register(os._exit, 77)  # runs after what is registered later
+try:
+    with ending_with_its_own_code():
+        print("here")
+        {what}
+except MMToolError:
+    raise SystemExit(2)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == code
+    assert ran.stdout == "here\n"
+    assert ("ZeroDivisionError" in ran.stderr) == (code == 1)
+
+
+# Where a run is killed, at which step, and the checkpoint that is the last good one then.
+KILLS = [
+    ("after a step", 3, 2),
+    ("in the backward pass", 4, 4),
+    ("half the weights", 4, 2),
+    ("before the optimizer", 4, 2),
+    ("before the name", 4, 2),
+    ("before the record", 4, 4),
+    ("deleting the old", 2, 4),
+    ("half a line", 5, 4),
+]
+
+
+def killed_words(data_file: Path, run: Path) -> list[str]:
+    return [
+        *("--dataset", str(data_file), "--dataset_test_ratio", "0", "--max_steps", "6", "--save_steps", "2"),
+        *("--save_total_limit", "1", "--batch_size", "2", "--lora_dropout", "0.1", "--dataloader_num_workers", "1"),
+        *("--logging_steps", "1", "--output_dir", str(run), "--add_output_dir_suffix", "false"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def killed(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that were killed, and one that was not."""
+    folder = tmp_path_factory.mktemp("killed")
+    runs = {place: folder / place.replace(" ", "-") for place, _, _ in KILLS}
+    scenarios = [[place, step, *killed_words(data_file, runs[place])] for place, step, _ in KILLS]
+    (folder / "scenarios.json").write_text(json.dumps(scenarios))
+    command = [sys.executable, str(SCRIPT.with_name("killed.py")), str(folder / "scenarios.json")]
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(int(signal.SIGKILL))] * len(KILLS), ran.stderr[-3000:]
+    whole = folder / "whole"
+    sft_main(read_args(SftArgs, killed_words(data_file, whole), "mmtool sft"))
+    return {**runs, "whole": whole}
+
+
+@pytest.mark.parametrize(("place", "step", "last"), KILLS)
+def test_a_run_killed_anywhere_goes_on_to_the_last_bit(
+    killed: dict[str, Path], place: str, step: int, last: int
+) -> None:
+    run, whole = killed[place], killed["whole"]
+    found = checkpoint_steps(run)
+    assert found[-1][0] == last
+    files = {path.name for path in checkpoint_steps(whole)[-1][1].iterdir()}
+    assert all({path.name for path in checkpoint.iterdir()} == files for _, checkpoint in found)
+    resume = ["--resume_from_checkpoint", "last", "--output_dir", str(run)]
+    sft_main(with_saved_options(read_args(SftArgs, resume, "mmtool sft")))
+    assert losses(run) == losses(whole)
+    assert len(losses(whole)) == 6
+    ours, theirs = (load_file(folder / "checkpoint-6" / "adapter_model.safetensors") for folder in (run, whole))
+    assert [name for name, tensor in theirs.items() if not torch.equal(ours[name], tensor)] == []
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.3])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(
+def test_a_run_killed_at_any_time_goes_on_as_if_nothing_had_happened(
     data_file: Path, tmp_path: Path, sft_args: Callable[..., SftArgs], delay: float
 ) -> None:
     """Killed while it trains or saves: what is on disk is whole, and the losses and weights end up the same."""

@@ -20,6 +20,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     faulthandler.register(signal.SIGUSR1)  # kill -USR1 tells where a process hangs
     from mmtool import log
+    from mmtool.sft.launch import ending_with_its_own_code
     from mmtool.sft.main import sft_main
 
     log.setup("info" if os.environ.get("RANK", "0") == "0" else "error")
@@ -28,7 +29,8 @@ def main() -> None:
     for port, *words in scenarios:
         os.environ["MASTER_PORT"] = str(port)
         started = time.perf_counter()
-        sft_main(read_args(SftArgs, words, "mmtool sft"))
+        with ending_with_its_own_code():
+            sft_main(read_args(SftArgs, words, "mmtool sft"))
         print(f"rank {os.environ.get('RANK', '0')}: {' '.join(words[-4:])}: {time.perf_counter() - started:.1f} s")
 
 

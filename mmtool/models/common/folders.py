@@ -55,6 +55,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def given(config: Mapping[str, Any], keys: Sequence[str], nullable: Sequence[str] = ()) -> dict[str, Any]:
+    """Return those of ``keys`` that a ``config.json`` gives: null is the default, unless it means something itself."""
+    return {key: config[key] for key in keys if config.get(key) is not None or (key in nullable and key in config)}
+
+
 def vision_folder(folder: Path, mm_vision_tower: str | None) -> Path:
     """Return the folder of the vision tower inside a release folder.
 

@@ -28,6 +28,12 @@ def merge_features(embeds: Tensor, ids: Tensor, features: Tensor, token_id: int)
     return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), features)
 
 
+def to_device_of(inputs: Tensor, weight: Tensor) -> Tensor:
+    """Return ``inputs`` where ``weight`` lies: a tower may have another device than the text."""
+    # Where accelerate brings the weights for the call only, they lie nowhere, and it moves the input as well.
+    return inputs if weight.device.type == "meta" else inputs.to(weight.device)
+
+
 def same_shape(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Pad all dimensions but the first with zeros at their end to the largest."""
     largest = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]

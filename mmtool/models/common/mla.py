@@ -116,6 +116,13 @@ class MLAConfig(PreTrainedConfig):
         self.head_dim = self.hidden_size // self.num_attention_heads
         if self.kv_lora_rank is not None:
             self.head_dim = self.qk_nope_head_dim + self.qk_rope_head_dim
+        if kwargs.get("rope_theta", self.default_theta) is None:
+            del kwargs["rope_theta"]
+        # transformers completes the settings of the rotation in place: not in the caller's dictionary
+        if kwargs.get("rope_scaling") is not None:
+            kwargs["rope_scaling"] = dict(kwargs["rope_scaling"])
+        if self.rope_parameters is not None:
+            self.rope_parameters = dict(self.rope_parameters)
         super().__post_init__(**kwargs)
         if self.rope_parameters["rope_type"] not in ROPE_TYPES:
             raise CheckpointError(

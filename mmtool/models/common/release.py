@@ -36,6 +36,9 @@ class ReleaseModel(PreTrainedModel):
 
     # Keyword of the decoder that takes the media positions, ``(batch, seq)`` bool, where its layers treat them apart.
     media_mask_argument: ClassVar[str | None] = None
+    # How GPUs share the matrices of the decoder in vLLM, (regular expression on module names, style), where the plan in
+    # its configuration cannot say it. Key/value heads are then shared out as a whole.
+    tensor_parallel_plan: ClassVar[tuple[tuple[str, str], ...]] = ()
     # Without its head, a model's weight names lack the prefix ``model.`` of a release.
     _has_head: ClassVar[bool] = True
 
@@ -80,6 +83,23 @@ class ReleaseModel(PreTrainedModel):
         folder, kwargs = local_folder(pretrained_model_name_or_path, kwargs)
         if config is None:
             config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
+        weights = cls.checked_weights(folder, config)
+        dtype = _target_dtype(dtype, config, weights)
+        weights = {name: tensor.astype(dtype) for name, tensor in weights.items()}
+        model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, dtype=dtype, **kwargs)
+        output_loading_info = isinstance(model, tuple)
+        _finish(model[0] if output_loading_info else model, folder, kwargs)
+        return model
+
+    @classmethod
+    def checked_weights(cls, folder: Path, config: Any) -> dict[str, LazyTensor]:
+        """Return the weights of a folder by their released names, those of the network and no others.
+
+        ``config`` learns from them what a release's ``config.json`` may leave out.
+
+        Raises:
+            CheckpointError: when a file is missing or broken, or a weight is missing, left over or of another shape.
+        """
         weights = cls.read_release(folder, config)
         if not weights:
             raise CheckpointError(
@@ -89,12 +109,7 @@ class ReleaseModel(PreTrainedModel):
         if not cls._has_head or config.tie_word_embeddings:  # a tied head may be stored as a copy
             weights = {name: tensor for name, tensor in weights.items() if cls.our_name(name) != "lm_head.weight"}
         cls._check_weights(config, weights, folder)
-        dtype = _target_dtype(dtype, config, weights)
-        weights = {name: tensor.astype(dtype) for name, tensor in weights.items()}
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, dtype=dtype, **kwargs)
-        output_loading_info = isinstance(model, tuple)
-        _finish(model[0] if output_loading_info else model, folder, kwargs)
-        return model
+        return weights
 
     @classmethod
     def _check_weights(cls, config: Any, weights: Mapping[str, LazyTensor], folder: Path) -> None:
@@ -119,6 +134,23 @@ class ReleaseModel(PreTrainedModel):
                 f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}",
                 "Download the folder again, or check its configuration files against the release.",
             )
+
+    def logits_and_loss(
+        self, hidden_states: Tensor, labels: Tensor | None, logits_to_keep: int | Tensor, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what ``lm_head`` makes of ``(batch, seq, hidden)`` states, and the loss where ``labels`` are given.
+
+        Args:
+            hidden_states: the decoder's output.
+            labels: ``(batch, seq)``, -100 where nothing is learned; shifted here. The loss is the mean cross entropy.
+            logits_to_keep: logits of the last so many positions only (0: all), or of these indices.
+            kwargs: for the loss.
+        """
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        if labels is None:
+            return logits, None
+        return logits, self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
 
     def save_pretrained(
         self,

@@ -88,6 +88,10 @@ class SentencePieceTokenizer(SentencePieceBackend):
                 pieces += super().tokenize(chunk, **kwargs)
         return pieces
 
+    def _convert_id_to_token(self, index: int) -> str:
+        # a model may have more rows than its tokenizer has pieces
+        return super()._convert_id_to_token(index) if index < self.vocab_size else self.unk_token
+
     def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
         """Join pieces to text as the release does: one leading space is dropped, special tokens are shown."""
         text, run = "", list[str]()

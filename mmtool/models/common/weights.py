@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmtool.errors import CheckpointError
 from mmtool.models.common.folders import read_json
+from mmtool.models.common.quantised import join_pieces
 
 # In order of preference, as in transformers.
 _WEIGHT_FILES = (
@@ -111,7 +112,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     for name in _WEIGHT_FILES:
         path = folder / name
         if path.is_file():
-            return _read_shards(path) if name.endswith(".json") else _read_file(path)
+            return join_pieces(_read_shards(path) if name.endswith(".json") else _read_file(path))
     return {}
 
 

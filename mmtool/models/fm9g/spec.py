@@ -73,6 +73,7 @@ def _spec(size: str, description: str, old: bool = False) -> ModelSpec:
             r"^model\.layers\.\d+\.self_attn\."
             r"(q_proj|k_proj|v_proj|q_a_proj|q_b_proj|kv_a_proj_with_mqa|kv_b_proj|o_proj)$"
         ),
+        gguf="mmtool.models.fm9g.gguf_fm9g:layout",
         auto=_AUTO,
         description=description,
         docs="models/fm9g.md",

@@ -142,7 +142,7 @@ class WordTokenizer(PythonBackend):
         return self._ids.get(token, self._ids["<unk>"])
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._words[index]
+        return self._words[index] if index < len(self._words) else self.unk_token
 
 
 def added_tokens(folder: Path) -> dict[str, int]:

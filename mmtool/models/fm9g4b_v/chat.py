@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,10 @@ import PIL.Image
 from mmtool.errors import MMToolError
 from mmtool.log import get_logger
 from mmtool.messages import Image, Message, Part, Text
+from mmtool.models.common.chat import answer_of, deltas, processor_of
 from mmtool.models.fm9g4b_v.processing_fm9g4b_v import FM9GVProcessor
 from mmtool.models.fm9g4b_v.template import FM9GVTemplate
-from mmtool.utils import import_object
+from mmtool.models.fm9g4b_v.tokenization_fm9g4b_v import FM9GVTokenizer
 
 logger = get_logger(__name__)
 
@@ -28,6 +29,7 @@ class ChatOptions:
     """The arguments of ``chat`` beside the conversation, with the release's names and defaults."""
 
     max_new_tokens: int = 2048
+    min_new_tokens: int = 0
     sampling: bool = True
     max_inp_length: int = 8192
     system_prompt: str = ""
@@ -64,23 +66,19 @@ def answer(
     if unknown:
         logger.info("chat goes without %s", ", ".join(sorted(unknown)))
     sampling = known | {name: value for name, value in settings.items() if name in known}
-    sampling["max_new_tokens"] = options.max_new_tokens
+    sampling |= {"max_new_tokens": options.max_new_tokens, "min_new_tokens": options.min_new_tokens}
     conversations = [_messages(turns, image) for turns in (msgs if is_batch else [msgs])]
     if options.stream and not is_batch:
-        return _pieces(model, template, conversations[0], sampling)
-    answers = [import_object("mmtool.llm:chat")(model, template, turns, **sampling).text for turns in conversations]
+        return (delta.text for delta in deltas(model, template, conversations[0], sampling) if delta.text)
+    answers = [answer_of(model, template, turns, sampling) for turns in conversations]
     return answers if is_batch else answers[0]
-
-
-def _pieces(model: Any, template: FM9GVTemplate, messages: Sequence[Message], sampling: Mapping) -> Iterator[str]:
-    for delta in import_object("mmtool.llm:stream_chat")(model, template, messages, **sampling):
-        if delta.text:
-            yield delta.text
 
 
 def _template(model: Any, tokenizer: Any, processor: Any, options: ChatOptions) -> FM9GVTemplate:
     if not isinstance(processor, FM9GVProcessor):
-        processor = FM9GVProcessor.from_pretrained(model.name_or_path, tokenizer=tokenizer)
+        processor = processor_of(model, FM9GVProcessor)
+        if isinstance(tokenizer, FM9GVTokenizer):
+            processor = FM9GVProcessor(processor.image_processor, tokenizer)
     changes = {"max_slice_nums": options.max_slice_nums, "use_image_id": options.use_image_id}
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes:

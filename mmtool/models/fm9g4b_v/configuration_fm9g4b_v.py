@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import given, local_folder, read_json
 from mmtool.models.common.mla import MLAConfig
 
 DEFAULT_SCALE_RESOLUTION, DEFAULT_MAX_SLICES = 448, 9
@@ -174,17 +173,12 @@ def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in config.items() if key not in (*_TEXT_KEYS, "_name_or_path", "model_type")}
     fields = FM9GVConfig.__dataclass_fields__
     own = {key: value for key, value in own.items() if value is not None or key not in fields}  # null is the default
-    # null is the default, too, but no q_lora_rank is a plain projection
-    text = {
-        key: config[key]
-        for key in _TEXT_KEYS
-        if config.get(key) is not None or (key == "q_lora_rank" and key in config)
-    }
-    text["tie_word_embeddings"] = own["tie_word_embeddings"] = config.get("tie_word_embeddings", True)
+    text = given(config, _TEXT_KEYS, ("q_lora_rank",))  # without a rank, queries have one plain projection
+    text["tie_word_embeddings"] = own["tie_word_embeddings"] = text.get("tie_word_embeddings", True)
     dtype = own.pop("torch_dtype", None)
     if own.get("dtype") is None and dtype is not None:
         own["dtype"] = dtype
     vision = own.get("vision_config")
     if isinstance(vision, Mapping):
         own["vision_config"] = {key: value for key, value in vision.items() if key in _vision_keys()}
-    return own | {"text_config": copy.deepcopy(text)}  # its class writes into rope_scaling
+    return own | {"text_config": text}

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.utils.generic import can_return_tuple
 
 from mmtool.errors import MMToolError
-from mmtool.models.common.merge import merge_features
+from mmtool.models.common.merge import merge_features, to_device_of
 from mmtool.models.common.mla import MLADecoder, refill_rotary
 from mmtool.models.common.navit import NaViTSiglip, slices_per_image, split_slices
 from mmtool.models.common.release import ReleaseModel
@@ -109,9 +109,7 @@ class FM9GVModel(FM9GVPreTrainedModel):
             pixel_values = torch.cat(tuple(pixel_values))
         if not isinstance(patch_info, Tensor):
             patch_info = torch.cat(tuple(patch_info))
-        device = self.vision_tower.embeddings.patch_embedding.weight.device
-        if device.type != "meta":  # where accelerate brings the weights for the call only, it moves the input as well
-            pixel_values = pixel_values.to(device)
+        pixel_values = to_device_of(pixel_values, self.vision_tower.embeddings.patch_embedding.weight)
         shapes = split_slices(patch_info)
         patches = self.vision_tower(pixel_values, patch_info)
         slices = self.multi_modal_projector(patches, shapes)
@@ -220,9 +218,8 @@ class FM9GVForConditionalGeneration(FM9GVPreTrainedModel, GenerationMixin):
         Raises:
             MMToolError: for a conversation that cannot be read, or one longer than ``max_inp_length``.
         """
-        for name in ("vision_hidden_states", "min_new_tokens"):
-            if options.pop(name, None):
-                raise MMToolError(f"chat takes no {name}")
+        if options.pop("vision_hidden_states", None) is not None:
+            raise MMToolError("chat takes no vision_hidden_states", "Give it the pictures.")
         names = ChatOptions.__dataclass_fields__
         chosen = ChatOptions(**{name: options.pop(name) for name in names if name in options})
         return answer(self, image, msgs, tokenizer, processor, chosen, options)
@@ -272,11 +269,7 @@ class FM9GVForConditionalGeneration(FM9GVPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return FM9GVCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

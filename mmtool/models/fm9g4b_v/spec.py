@@ -51,6 +51,7 @@ SPECS = (
             processor_class=_PROCESSOR_CLASS,
             image_processor_class=_FOLDER + "processing_fm9g4b_v:FM9GVImageProcessor",
             tokenizer_class=_FOLDER + "tokenization_fm9g4b_v:FM9GVTokenizer",
+            architectures=("FM9GV",),
         ),
         description="FM9G4B-V (九格 4B-V): Chinese and English, several pictures, each in up to 10 slices",
         docs="models/fm9g4b-v.md",

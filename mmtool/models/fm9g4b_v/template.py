@@ -5,46 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 from mmtool.messages import Image, Message, Part, Text, to_messages
-from mmtool.models.fm9g4b_v.tokenization_fm9g4b_v import END_OF_TURN
-from mmtool.template.base import MediaInput, Segment, Template
-from mmtool.template.formats import ChatFormat, Piece
+from mmtool.models.common.chatml import BOS, ChatMLTemplate
+from mmtool.template.base import MediaInput, Segment
+from mmtool.template.formats import Piece
 
-BOS, END_OF_TEXT = "<s>", "</s>"
 # Special tokens that answers about places are made of, and that questions may hold: they mean nothing to the format.
 _GROUNDING = re.compile("(" + "|".join(f"</?{name}>" for name in ("ref", "box", "quad", "point")) + ")")
 
 
-class FM9GVTemplate(Template):
+class FM9GVTemplate(ChatMLTemplate):
     """Prompts of fm9g4b-v-chat; training has the same layout, and learns every answer with its end token.
 
     The parts of a message are joined by newlines. Pictures are numbered over the whole conversation. Nothing that
     somebody types becomes a picture or a token of the format; the tokens of grounding do become what they are.
-
-    The tokenizer puts a ``▁`` in front of every stretch of text between special tokens. An answer to learn is no new
-    stretch: it goes on where the role's line ended.
     """
 
     template_type = "fm9g4b-v"
     penalize_prompt = False  # the release generates from embeddings
     skip_special_tokens = False  # they carry the places in answers
-    chat_format = ChatFormat(
-        system=("<|im_start|>system\n", "<|im_end|>\n"),
-        user=("<|im_start|>user\n", "<|im_end|>\n"),
-        assistant="<|im_start|>assistant\n",
-        answer=("", END_OF_TURN),
-        between="\n",
-        media_in_place=True,
-        control=(BOS, END_OF_TEXT, "<|im_start|>", END_OF_TURN),
-    )
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: of a turn, and of a text."""
-        return self._control_ids[END_OF_TURN], self._control_ids[END_OF_TEXT]
 
     @property
     def hidden_token_ids(self) -> tuple[int, ...]:
@@ -78,13 +59,8 @@ class FM9GVTemplate(Template):
         return [*pieces, Piece(self.chat_format.between, control=True)] if train and is_chat else pieces
 
     def segments(self, messages: Sequence[Message | Mapping[str, Any]], train: bool = False) -> list[Segment]:
-        """Return the tokenised prompt, BOS in front, pictures numbered, answers as what follows their role's line."""
+        """Return the tokenised prompt, pictures numbered."""
         segments = super().segments(messages, train)
-        newline = self.text_ids("\n")
-        for index, (before, segment) in enumerate(pairwise(segments), start=1):
-            if self._is_text(before) and self._is_text(segment):
-                text = "".join(piece.text for piece in segment.pieces)
-                segments[index] = replace(segment, ids=self.text_ids("\n" + text)[len(newline) :])
         if self.processor.image_processor.use_image_id:
             number = 0
             for index, segment in enumerate(segments):
@@ -92,7 +68,7 @@ class FM9GVTemplate(Template):
                     item = self._numbered(segment.media, number)
                     segments[index] = replace(segment, ids=list(item.ids), media=item)
                     number += 1
-        return [Segment((Piece(BOS, control=True),), [self._control_ids[BOS]]), *segments]
+        return segments
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of a whole answer: without ``<unk>``, BOS and stop token, other special tokens shown."""
@@ -115,9 +91,6 @@ class FM9GVTemplate(Template):
 
     def _expansion_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def _is_text(self, segment: Segment) -> bool:
-        return segment.media is None and not self._is_control_token(segment.pieces[0])
 
 
 def _joined(message: Message) -> tuple[Part, ...]:

@@ -6,6 +6,7 @@ with the texts, which shows what becomes of them (many templates strip whitespac
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
@@ -50,6 +51,17 @@ class ChatWriter:
         self._place = re.compile("|".join(map(re.escape, places.values())) or "(?!)")
         self._as_parts = self._find_layout(bool(places))
         self.end = self._find_end(self._special_tokens, [token for token in end_tokens if token])
+
+    def with_render(self, render: Callable[[list[dict[str, Any]], bool], str]) -> ChatWriter:
+        """Return a writer for the same template, asked in another way."""
+        writer = copy.copy(self)
+        writer._render = render
+        return writer
+
+    @property
+    def user_as_parts(self) -> bool:
+        """Whether the template reads a question as a list of parts."""
+        return self._as_parts["user"]
 
     def pieces(self, messages: Sequence[Message], train: bool) -> list[Piece]:
         """Return the pieces of a conversation: what the template writes, the texts, and the media.
@@ -117,7 +129,9 @@ class ChatWriter:
                     content.append({"type": kind, kind: kind})
                 number += 1
             flat = "".join(item.get("text", self._places.get(item["type"], "") + "\n") for item in content)
-            dicts.append({"role": message.role, "content": content if as_parts[message.role] else flat})
+            # The results of tools are read like questions.
+            in_parts = as_parts["user" if message.role == "tool" else message.role]
+            dicts.append({"role": message.role, "content": content if in_parts else flat, **_of_tools(message)})
         return dicts
 
     def _find_layout(self, has_media: bool) -> dict[str, bool]:
@@ -243,6 +257,17 @@ class Marked:
         pieces = _MARK.split(rendered)
         self.between: list[str] = pieces[::2]
         self.numbers = [int(number) for number in pieces[1::2]]
+
+
+def _of_tools(message: Message) -> dict[str, Any]:
+    """Return what transformers adds to a message for a call of tools, or for the result of one."""
+    calls = [
+        {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+        for call in message.tool_calls
+    ]
+    return ({"tool_calls": calls} if calls else {}) | (
+        {"tool_call_id": message.tool_call_id} if message.tool_call_id is not None else {}
+    )
 
 
 def kind_of(part: Image | Audio) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
@@ -16,12 +17,15 @@ from transformers.models.auto.feature_extraction_auto import AutoFeatureExtracto
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.models.auto.tokenization_auto import AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 from transformers.utils.import_utils import is_torchvision_available
 
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.models.common.folders import read_json
+from mmtool.models.common.quantised import CONFIG_KEY
 from mmtool.models.common.text_processor import TextProcessor
+from mmtool.models.common.weights import read_weights
 from mmtool.spec import Modality, ModelSpec
 from mmtool.utils import import_object
 
@@ -51,11 +55,14 @@ class AutoNative:
             raise MMToolError(
                 f"--attn_impl {asked}: {model_class.__name__} does not have it", "Use eager, or leave --attn_impl out."
             )
+        source: str | os.PathLike | None = folder
+        if getattr(config, CONFIG_KEY, None) is not None:
+            source, keywords = None, _quantised(Path(folder), config, keywords)
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # its report of missing weights; ours is the error below
         try:
             model, report = model_class.from_pretrained(
-                folder, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
+                source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **keywords
             )
         except OSError as error:  # no file with weights
             raise CheckpointError(f"{folder}: {str(error).splitlines()[0]}", "Download the weights again.") from error
@@ -63,6 +70,22 @@ class AutoNative:
             logging.set_verbosity(verbosity)
         _check_report(report, folder)
         return model
+
+
+def _quantised(folder: Path, config: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords that load weights of ``mmtool export --quant_method torchao``, of whose files transformers
+    knows nothing.
+    """
+    dtype = keywords.get("dtype")
+    if dtype in (None, "auto"):
+        dtype = config.dtype or torch.float32
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    weights = {name: tensor.astype(dtype) for name, tensor in read_weights(folder).items()}
+    config.name_or_path = str(folder)
+    more: dict[str, Any] = {"state_dict": weights, "dtype": dtype}
+    if (folder / "generation_config.json").is_file():
+        more["generation_config"] = transformers.GenerationConfig.from_pretrained(folder)
+    return keywords | more
 
 
 def _check_report(report: Mapping[str, Any], folder: str | os.PathLike) -> None:
@@ -102,7 +125,9 @@ class AutoNativeProcessor:
             loading, loaded = _without_video(processor_class, tokenizer)
             processor = loading.from_pretrained(folder, **settings)
         except ImportError as error:  # SmolVLM's wants num2words, and says so
-            raise MMToolError(f"{processor_class.__name__}: {str(error).splitlines()[0]}") from error
+            reason = str(error).splitlines()[0]
+            hint = "pip install 'mmtool[smolvlm]'" if "num2words" in reason else None
+            raise MMToolError(f"{processor_class.__name__}: {reason}", hint) from error
         processor.__class__ = loaded
         return processor
 
@@ -199,6 +224,10 @@ def _without_video(processor_class: Any, tokenizer: Any) -> tuple[Any, Any]:
     loading = type(processor_class.__name__, (processor_class,), body)
     present = [name for name in names if not name.startswith("video")]
     body["get_attributes"] = classmethod(lambda cls: present)
+    if len(present) < len(
+        names
+    ):  # where a class has its own, that is about videos, and SmolVLM's asks the part for them
+        body["apply_chat_template"] = ProcessorMixin.apply_chat_template
     return loading, type(processor_class.__name__, (loading,), body)
 
 

@@ -27,6 +27,7 @@ SPECS = (
         matches=lambda config: isinstance(config.get("model_type"), str),
         refine="mmtool.models.generic.loading:refine_spec",
         layout="mmtool.models.generic.layout:find_layout",
+        gguf="mmtool.models.generic.gguf:layout",
         parts=_PARTS,
         lora_target_modules=r"(model\.(language_model\.|text_model\.)?layers\..*)_proj",
         description="any model of transformers that answers text, images or sounds, by its own chat template",

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import PIL.Image
@@ -19,6 +20,7 @@ from mmtool.media import load_audio, load_image
 from mmtool.messages import Audio, Image, Message, Text, to_messages
 from mmtool.models.common.merge import same_shape
 from mmtool.models.generic.chat import ChatWriter, kind_of
+from mmtool.models.generic.tools import check_no_control, check_tool_turns, find_call_format
 from mmtool.template.base import MediaInput, Segment, Template, _content_key
 from mmtool.template.formats import ChatFormat, Piece
 
@@ -61,6 +63,7 @@ class AutoTemplate(Template):
     """
 
     template_type = "auto"
+    prepares_alone = True  # the processor tokenises what it writes for a medium
     chat_format = ChatFormat(user=("", ""), assistant="", answer=("", ""))
 
     def __init__(self, processor: Any, *, system: str | None = None, **settings: Any) -> None:
@@ -103,10 +106,44 @@ class AutoTemplate(Template):
         own = getattr(self.processor, "chat_template", None)  # a TextProcessor has none
         return own if own is not None else self.tokenizer.chat_template
 
-    def _render_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+    def _render_template(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
         own = getattr(self.processor, "chat_template", None)
         owner = self.processor if own is not None else self.tokenizer
-        return owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        more = {"tools": tools} if tools else {}
+        return owner.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **more)
+
+    def with_tools(self, tools: Sequence[Mapping[str, Any]]) -> AutoTemplate:
+        """Return a template whose prompts tell of ``tools``; see ``Template.with_tools``."""
+        if self._writer is None:
+            raise MMToolError("this model has no chat template, so it knows no tools", _TEMPLATE_HINT)
+        check_no_control([dict(tool) for tool in tools], self._special, "tools")
+        changed = copy.copy(self)
+        changed.call_format = find_call_format(
+            self._render_template, self._writer.end, self._special, self._writer.user_as_parts
+        )
+        given = [dict(tool) for tool in tools]
+        changed._writer = self._writer.with_render(partial(self._render_template, tools=given))
+        return changed
+
+    def check(self, messages: Sequence[Message], train: bool) -> None:
+        """Raise MMToolError for a conversation that the template cannot express; see ``Template.check``."""
+        if self.call_format is None:
+            super().check(messages, train)
+            return
+        for index, message in enumerate(messages):
+            calls = [[call.name, dict(call.arguments)] for call in message.tool_calls]
+            check_no_control(calls, self._special, f"messages[{index}].tool_calls")
+        check_tool_turns(messages, train)
+        for index, message in enumerate(messages):
+            if message.media and message.role != "user":
+                raise MMToolError(f"messages[{index}]: media stand in user messages only")
+            if message.media:
+                super().check([message], False)
 
     def render(self, messages: Sequence[Message | Mapping[str, Any]], train: bool = False) -> list[Piece]:
         """Return the prompt as pieces of text and media; see ``Template.render``."""

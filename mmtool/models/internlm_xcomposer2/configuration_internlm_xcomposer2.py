@@ -20,7 +20,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import given, local_folder, read_json
 from mmtool.models.common.weights import LazyTensor, read_weights
 from mmtool.models.internlm_xcomposer2.spec import SPECS, VARIANT_OF_TYPE, is_xcomposer2, variant_of
 from mmtool.spec import ModelSpec
@@ -69,7 +69,7 @@ class XComposer2TextConfig(LlamaConfig):
 
     model_type = "internlm_xcomposer2_text"
     base_config_key = "text_config"
-    base_model_tp_plan = None  # the fused wqkv cannot be cut into equal parts
+    base_model_tp_plan = None  # see tensor_parallel_plan of the network
     base_model_pp_plan = None
 
     vocab_size: int = 92544
@@ -239,7 +239,7 @@ def _nested(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         )
     weights = read_weights(folder)
     variant = variant_in(weights) or variant_of(config)
-    text = {key: config[key] for key in _TEXT_KEYS if config.get(key) is not None}
+    text = given(config, _TEXT_KEYS)
     text |= _low_rank_settings(weights, variant)
     text["max_sequence_length"] = config.get("max_length") or _MAX_LENGTHS[variant]
     bias = config.get("bias")

@@ -26,7 +26,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from mmtool.log import get_logger
-from mmtool.models.common.merge import merge_features
+from mmtool.models.common.merge import merge_features, to_device_of
 from mmtool.models.common.release import ReleaseModel
 from mmtool.models.common.weights import LazyTensor, read_weights
 from mmtool.models.internlm_xcomposer2.configuration_internlm_xcomposer2 import (
@@ -374,6 +374,12 @@ class XComposer2PreTrainedModel(ReleaseModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     media_mask_argument = "im_mask"
+    # The rows of wqkv stand by key/value head: equal parts are whole heads where their number can be divided. What a
+    # branch adds is cut like the output of its matrix; beside a matrix whose input is cut, its first half is, too.
+    tensor_parallel_plan = (
+        (r"layers\.\d+\.(attention\.wqkv|feed_forward\.(w1|w3))(_branch\.\w+_B)?$", "colwise"),
+        (r"layers\.\d+\.(attention\.wo|feed_forward\.w2)(_branch\.\w+_A)?$", "rowwise"),
+    )
     _no_split_modules = ("XComposer2DecoderLayer", "CLIPEncoderLayer", "CLIPVisionEmbeddings")
 
     @classmethod
@@ -449,9 +455,7 @@ class XComposer2Model(XComposer2PreTrainedModel):
             kwargs: ignored.
         """
         pixel_values, view_layout = _joined(pixel_values, 4), _joined(view_layout, 2)
-        device = self.vision_tower.embeddings.patch_embedding.weight.device
-        if device.type != "meta":  # where accelerate brings the weights for the call only, it moves the input as well
-            pixel_values = pixel_values.to(device)
+        pixel_values = to_device_of(pixel_values, self.vision_tower.embeddings.patch_embedding.weight)
         patches = torch.cat([self.vision_tower(views) for views in pixel_values.split(_VIEWS_PER_CALL)])
         if self.config.tiled:
             if view_layout is None:
@@ -597,11 +601,7 @@ class XComposer2ForConditionalGeneration(XComposer2PreTrainedModel, GenerationMi
             im_mask=im_mask,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return XComposer2CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -71,6 +71,7 @@ _AUTO = AutoClasses(
     processor_class=_PROCESSOR_CLASS,
     image_processor_class=f"{_PACKAGE}.processing_internlm_xcomposer2:XComposer2ImageProcessor",
     tokenizer_class=f"{_PACKAGE}.tokenization_internlm_xcomposer2:InternLM2Tokenizer",
+    architectures=(_COMPOSER,),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,16 +9,13 @@ import torch
 
 from mmtool.errors import MMToolError
 from mmtool.messages import Audio, Image, Message, Part, Text, to_messages
+from mmtool.models.common.chat import deltas, processor_of
 from mmtool.models.megrez.processing_megrez import MegrezOProcessor
 from mmtool.models.megrez.template import MegrezOmniTemplate
-from mmtool.utils import import_object
 
 # What the release's web page samples with; its examples ask for the likeliest tokens instead.
 _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 100, "repetition_penalty": 1.2}
 _KINDS: tuple[tuple[str, type[Image] | type[Audio]], ...] = (("image", Image), ("audio", Audio))
-
-# The templates of models that have been talked to; they go with them.
-_templates: weakref.WeakKeyDictionary[Any, MegrezOmniTemplate] = weakref.WeakKeyDictionary()
 
 
 def answer(
@@ -38,11 +34,9 @@ def answer(
     if settings.pop("num_beams", 1) != 1:
         raise MMToolError("chat(num_beams=...) is not supported", "Leave it out: one beam is all there is.")
     settings = (_SAMPLING if sampling else {"do_sample": False}) | settings
-    template = _templates.get(model)
-    if template is None:
-        template = _templates[model] = MegrezOmniTemplate(MegrezOProcessor.from_pretrained(model.name_or_path))
+    template = MegrezOmniTemplate(processor_of(model, MegrezOProcessor))
     text = ""
-    for delta in import_object("mmtool.llm:stream_chat")(model, template, conversation(messages), **settings):
+    for delta in deltas(model, template, conversation(messages), settings):
         text += delta.text
         if streamer is not None:
             streamer.put(torch.tensor(delta.token_ids))

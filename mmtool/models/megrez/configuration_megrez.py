@@ -16,7 +16,7 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import given, local_folder, read_json
 from mmtool.models.megrez.tokens import DEFAULT_IDS, token_ids
 
 # Keys of a released config.json that belong to the language model; all others stay with the whole model.
@@ -27,6 +27,8 @@ _TEXT_KEYS = (
     *("pretraining_tp", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "attention_dropout"),
     *("mlp_bias", "tie_word_embeddings"),
 )
+# Of these, where null says that there is no such token, or no scaling.
+_NULL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "head_dim")
 _AUDIO_KEYS = ("n_mels", "n_ctx", "n_state", "n_head", "n_layer", "output_dim", "avg_pool", "add_audio_bos_eos_token")
 _VISION_KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
@@ -118,6 +120,10 @@ class MegrezOmniConfig(PreTrainedConfig):
         """Complete what a release may leave out, and refuse what this network is not."""
         for name, config_class in self.sub_configs.items():
             part = getattr(self, name)
+            if part is None and name == "vision_config":
+                part = {"patch_size": self.patch_size}
+            elif part is None and name == "audio_config":
+                part = {"output_dim": self.text_config.hidden_size}
             if not isinstance(part, PreTrainedConfig):
                 setattr(self, name, config_class(**(part or {})))
         super().__post_init__(**kwargs)
@@ -197,12 +203,14 @@ def _nested(config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
         return dict(config) | known
     parts = (*_TEXT_KEYS, "vision_config", "audio_config", "audio", "_name_or_path", "model_type")
     own = {key: value for key, value in config.items() if key not in parts}
-    text = {key: config[key] for key in _TEXT_KEYS if key in config}
+    fields = MegrezOmniConfig.__dataclass_fields__
+    own = {key: value for key, value in own.items() if value is not None or key not in fields}  # null is the default
+    text = given(config, _TEXT_KEYS, _NULL_KEYS)
     vision = {key: value for key, value in (config.get("vision_config") or {}).items() if key in _VISION_KEYS}
     audio = config.get("audio_config") or config.get("audio") or {}  # `audio` before the release
     audio = {key: value for key, value in audio.items() if key in _AUDIO_KEYS}
     audio.setdefault("output_dim", config.get("hidden_size", MegrezAudioConfig.output_dim))
-    own["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
     dtype = own.pop("torch_dtype", None)
     if own.get("dtype") is None and dtype is not None:
         own["dtype"] = dtype

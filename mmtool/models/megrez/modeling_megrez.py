@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaForCausalLM, LlamaMode
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 from transformers.utils.generic import can_return_tuple
 
-from mmtool.models.common.merge import merge_features
+from mmtool.models.common.merge import merge_features, to_device_of
 from mmtool.models.common.navit import NaViTSiglip, slices_per_image, split_slices
 from mmtool.models.common.release import ReleaseModel
 from mmtool.models.common.weights import LazyTensor
@@ -261,7 +261,7 @@ class MegrezOmniModel(MegrezOmniPreTrainedModel):
         """
         if not isinstance(pixel_values, Tensor):
             pixel_values, patch_info = torch.cat(tuple(pixel_values)), torch.cat(tuple(patch_info))
-        pixel_values = _to_device_of(pixel_values, self.vision_tower.embeddings.patch_embedding.weight)
+        pixel_values = to_device_of(pixel_values, self.vision_tower.embeddings.patch_embedding.weight)
         patches = self.vision_tower(pixel_values, patch_info)
         features = self.resampler(patches, split_slices(patch_info)).split(slices_per_image(patch_info))
         output = BaseModelOutputWithPooling(
@@ -290,7 +290,7 @@ class MegrezOmniModel(MegrezOmniPreTrainedModel):
             input_features_mask = torch.ones_like(input_features[:, 0])
         elif not isinstance(input_features_mask, Tensor):
             input_features_mask = torch.stack(tuple(input_features_mask))
-        input_features = _to_device_of(input_features, self.audio_tower.conv1.weight)
+        input_features = to_device_of(input_features, self.audio_tower.conv1.weight)
         num_frames = (input_features_mask != 0).sum(dim=1).to(input_features.device)
         sounds = self.audio_tower(input_features, num_frames)
         output = BaseModelOutputWithPooling(pooler_output=self.audio_projector(sounds))
@@ -458,11 +458,7 @@ class MegrezOmniForConditionalGeneration(MegrezOmniPreTrainedModel, GenerationMi
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return MegrezCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -496,11 +492,6 @@ def _complete_stop_ids(model: MegrezOmniForConditionalGeneration) -> None:
     ids = [*(named if isinstance(named, list) else [named]), config.text_config.eos_token_id]
     ids.append(config.special_token_ids.get("end_of_text"))
     generation.eos_token_id = list(dict.fromkeys(index for index in ids if index is not None))
-
-
-def _to_device_of(inputs: Tensor, weight: Tensor) -> Tensor:
-    # Where accelerate brings the weights for the call only, they lie nowhere, and it moves the input as well.
-    return inputs if weight.device.type == "meta" else inputs.to(weight.device)
 
 
 __all__ = [

@@ -18,7 +18,7 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json, vision_folder
+from mmtool.models.common.folders import given, local_folder, read_json, vision_folder
 
 DEFAULT_VISION_TOWER = "./vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl-6B-448"
 _PROJECTOR_TYPE = "mlp2x_gelu_Norm"
@@ -30,6 +30,8 @@ _TEXT_KEYS = (
     *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "attention_dropout", "mlp_bias"),
     "tie_word_embeddings",
 )
+# Of these, where null says that there is no such token, or no scaling.
+_NULL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "head_dim")
 # Bookkeeping of transformers that has no place in a released config.json.
 _INTERNAL_KEYS = (
     *("text_config", "vision_config", "return_dict", "output_hidden_states", "output_attentions"),
@@ -166,8 +168,8 @@ def _nested(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     own = {key: value for key, value in config.items() if key not in (*_TEXT_KEYS, "_name_or_path", "model_type")}
     fields = YiVLConfig.__dataclass_fields__
     own = {key: value for key, value in own.items() if value is not None or key not in fields}  # null is the default
-    text = {key: config[key] for key in _TEXT_KEYS if key in config}
-    own["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
+    text = given(config, _TEXT_KEYS, _NULL_KEYS)
+    own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
     dtype = own.pop("torch_dtype", None)
     if own.get("dtype") is None and dtype is not None:
         own["dtype"] = dtype

@@ -18,7 +18,7 @@ from transformers.models.clip.modeling_clip import CLIPVisionModel
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.utils.generic import can_return_tuple
 
-from mmtool.models.common.merge import merge_features
+from mmtool.models.common.merge import merge_features, to_device_of
 from mmtool.models.common.release import ReleaseModel
 from mmtool.models.common.weights import LazyTensor
 from mmtool.models.yi_vl.configuration_yi_vl import YiVLConfig
@@ -128,9 +128,7 @@ class YiVLModel(YiVLPreTrainedModel):
         """
         if not isinstance(pixel_values, Tensor):
             pixel_values = torch.stack(tuple(pixel_values))
-        device = self.vision_tower.embeddings.patch_embedding.weight.device
-        if device.type != "meta":  # where accelerate brings the weights for the call only, it moves the input as well
-            pixel_values = pixel_values.to(device)
+        pixel_values = to_device_of(pixel_values, self.vision_tower.embeddings.patch_embedding.weight)
         hidden_states = self.vision_tower(pixel_values)
         patches = hidden_states if self.config.mm_vision_select_feature == "cls_patch" else hidden_states[:, 1:]
         output = BaseModelOutputWithPooling(
@@ -242,11 +240,7 @@ class YiVLForConditionalGeneration(YiVLPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         return YiVLCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

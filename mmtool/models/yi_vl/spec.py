@@ -53,6 +53,7 @@ _AUTO = AutoClasses(
     processor_class=_PROCESSOR_CLASS,
     image_processor_class="mmtool.models.yi_vl.processing_yi_vl:YiVLImageProcessor",
     tokenizer_class="mmtool.models.common.tokenization:SentencePieceTokenizer",
+    architectures=("LlavaLlamaForCausalLM",),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def root(golden: Callable[[str], Path], kind: str) -> Path:
-    return golden("fm9g") / kind
+    return golden(f"fm9g/{kind}")
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +70,8 @@ def cases(root: Path) -> Callable[..., Iterator[tuple[str, dict[str, Any], dict[
 
     def find(prefix: str = "") -> Iterator[tuple[str, dict[str, Any], dict[str, Any], dict[str, torch.Tensor]]]:
         folders = sorted(path for path in (root / "cases").iterdir() if path.name.startswith(prefix))
-        assert folders
+        if not folders:
+            raise FileNotFoundError(ENOENT, "there is no such case", str(root / "cases" / prefix))
         for folder in folders:
             case, expected = (json.loads((folder / f"{name}.json").read_text("utf-8")) for name in ("case", "expected"))
             yield folder.name, case, expected, load_file(folder / "tensors.safetensors")

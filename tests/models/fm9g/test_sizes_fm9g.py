@@ -108,7 +108,7 @@ def test_the_shared_decoder_is_the_latent_one():
 def test_what_is_cached_of_latent_attention_is_the_latent(golden):
     from mmtool.models.fm9g.modeling_fm9g import FM9GForCausalLM
 
-    model = FM9GForCausalLM.from_pretrained(golden("fm9g") / "mla" / "checkpoint")
+    model = FM9GForCausalLM.from_pretrained(golden("fm9g/mla") / "checkpoint")
     cache = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
     layer = cache.layers[0]
     assert (layer.keys.shape, layer.values.shape) == ((1, 1, 3, 24), (1, 1, 3, 8))
@@ -121,7 +121,7 @@ def test_an_adapter_on_kv_b_proj_is_not_passed_over(golden):
         def forward(self, x):
             return super().forward(x) * 1.5
 
-    model = FM9GForCausalLM.from_pretrained(golden("fm9g") / "mla" / "checkpoint").eval()
+    model = FM9GForCausalLM.from_pretrained(golden("fm9g/mla") / "checkpoint").eval()
     for layer in model.model.layers:
         layer.self_attn.kv_b_proj.__class__ = Wrapped
     ids = torch.tensor([[1, 901, 406, 5, 300]])

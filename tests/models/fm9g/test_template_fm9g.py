@@ -119,7 +119,7 @@ def test_a_batch_is_padded_on_the_left_with_the_end_of_turn(template, cases):
 
 
 def test_tokenizer_json_is_used_as_it_is(golden):
-    tokenizer = FM9GTokenizer.from_pretrained(golden("fm9g") / "gqa" / "checkpoint")
+    tokenizer = FM9GTokenizer.from_pretrained(golden("fm9g/gqa") / "checkpoint")
     for row in json.loads((golden("fm9g") / "tokenizer_cases.json").read_text("utf-8"))["rows"]:
         assert tokenizer(row["text"])["input_ids"] == row["ids"]
         assert tokenizer.decode(row["ids"]) == row["decoded"]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from errno import ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def cases(root: Path, processor: FM9GVProcessor) -> Callable[..., Iterator[Case]
 
     def find(prefix: str = "") -> Iterator[Case]:
         folders = sorted(path for path in (root / "cases").iterdir() if path.name.startswith(prefix))
-        assert folders
+        if not folders:
+            raise FileNotFoundError(ENOENT, "there is no such case", str(root / "cases" / prefix))
         for folder in folders:
             if folder.name not in known:
                 known[folder.name] = Case(folder, root, processor)

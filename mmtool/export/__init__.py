@@ -1,0 +1,1 @@
+"""What `mmtool export` does: merge adapters, convert, quantise, write GGUF, publish."""

@@ -1,0 +1,142 @@
+"""The folder that is written: whole or not at all, with everything beside the weights that a release has."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmtool.errors import MMToolError
+from mmtool.finetuned import ADAPTER_CONFIG, RECORD, SETTINGS, TRAINER_STATE, VAL_DATASET
+from mmtool.models.common.folders import read_json
+
+PARTIAL, REPLACED = ".unfinished-", ".replaced-"
+_SPARE = 64 << 20  # bytes that stay free beside what is written
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx|tflite|index\.json)|training_args\.bin")
+# What training leaves in a checkpoint, and what belongs to the page of another model.
+_LEFT_OUT = {SETTINGS, ADAPTER_CONFIG, RECORD, TRAINER_STATE, VAL_DATASET, "README.md", "latest", "zero_to_fp32.py"}
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+
+
+@contextmanager
+def whole_folder(folder: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
+    """Give a sibling to write to, which becomes ``folder`` at the end; nothing is left of it after an error.
+
+    Args:
+        folder: the folder to make.
+        overwrite: whether one that exists is replaced; it stays as it is until the new one is whole.
+        needed: bytes that will be written.
+
+    Raises:
+        MMToolError: where it exists, the disk has no room, or writing fails.
+    """
+    if folder.exists() and not overwrite:
+        raise MMToolError(
+            f"--output_dir {folder} exists already", "Name another folder, or replace it with --overwrite true."
+        )
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        check_room(folder.parent, needed)
+        partial.mkdir()
+    except OSError as error:
+        raise MMToolError(f"cannot write to {folder.parent}: {error.strerror}", "Name another --output_dir.") from error
+    try:
+        yield partial
+        _sync(partial)
+        _replace(partial, folder)
+    except OSError as error:
+        raise MMToolError(
+            f"cannot write {folder}: {error.strerror or error}", "Make room, or name another --output_dir."
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """Raise MMToolError where the disk of ``folder`` has no room for ``needed`` bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE:
+        raise MMToolError(
+            f"{folder} has {free / 1e9:.2f} GB left, but {(needed + _SPARE) / 1e9:.2f} GB are needed",
+            "Make room, or name a folder on another disk with --output_dir.",
+        )
+
+
+def _replace(partial: Path, folder: Path) -> None:
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
+    try:
+        os.replace(partial, folder)
+    except OSError:
+        if replaced.exists():
+            os.replace(replaced, folder)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def is_beside_weights(path: Path) -> bool:
+    """Tell whether a file of a release belongs into a copy with other weights."""
+    return not _WEIGHTS.fullmatch(path.name) and path.name not in _LEFT_OUT
+
+
+def copy_beside_weights(source: Path, target: Path) -> None:
+    """Copy what a released folder has beside weights: configuration, tokenizer, processors, its own code."""
+    for path in sorted(source.rglob("*")):
+        inner = path.relative_to(source)
+        hidden = any(part.startswith((".", "global_step", "checkpoint-")) for part in inner.parts)
+        if path.is_file() and not hidden and is_beside_weights(path) and not (target / inner).exists():
+            (target / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / inner)
+
+
+def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change ``config.json`` of a folder; its other keys stay as the release has them."""
+    path = folder / "config.json"
+    config = read_json(path)
+    change(config)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def set_dtype(config: dict[str, Any], name: str) -> None:
+    """Note the number format of the weights (``bfloat16``) wherever a ``config.json`` tells it."""
+    for level in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in _DTYPE_KEYS:
+            if isinstance(level.get(key), str):
+                level[key] = name
+    if not any(key in config for key in _DTYPE_KEYS):
+        config["torch_dtype"] = name
+
+
+def set_untied(config: dict[str, Any]) -> None:
+    """Note that the head is a matrix of its own."""
+    config["tie_word_embeddings"] = False
+    for level in (value for value in config.values() if isinstance(value, dict)):
+        if "tie_word_embeddings" in level:
+            level["tie_word_embeddings"] = False
+
+
+def write_settings(folder: Path, run: Mapping[str, Any] | None, infer: Mapping[str, Any], export: Any) -> None:
+    """Write ``sft_args.json``: what the run was told, what inference needs to know, what was exported from what."""
+    value = {**(run or {}), "infer": {**((run or {}).get("infer") or {}), **infer}, "export": export}
+    (folder / SETTINGS).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def folder_size(folder: Path) -> int:
+    """Return the bytes of all files of a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
