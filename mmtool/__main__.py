@@ -4,4 +4,5 @@ import sys
 
 from mmtool.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # processes that vLLM or torch start read this file as well
+    sys.exit(main())

@@ -620,7 +620,7 @@ class QuantArgs:
     """Quantisation (of the language model; towers and projectors stay as they are)"""
 
     quant_method: Literal["bnb", "torchao", "gptq", "awq"] | None = opt(
-        None, "Library: bnb (bitsandbytes), torchao, gptq (GPTQModel) or awq (GPTQModel, too)."
+        None, "torchao; gptq or awq (through llm-compressor); bnb (bitsandbytes)."
     )
     quant_bits: Literal["4", "8"] = opt("4", "Bits per weight.")
     quant_group_size: int | None = opt(

@@ -8,6 +8,7 @@ is first read. What is registered stands in the ``auto`` field of each ``ModelSp
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
@@ -76,6 +77,12 @@ class _StandIn(type):
         return getattr(import_object(cls.path), name)
 
 
+@functools.cache
+def _stand_in(path: str) -> _StandIn:
+    """Return the one class that is found in the place of the one at an import path."""
+    return _StandIn(path)
+
+
 def families() -> tuple[AutoClasses, ...]:
     """Return what the registry wants the Auto classes to know, each once."""
     return tuple({id(spec.auto): spec.auto for spec in MODELS.values() if spec.auto is not None}.values())
@@ -90,7 +97,10 @@ def register_classes(classes: AutoClasses) -> Any:
     _auto("modeling:AutoModel").register(config, import_object(classes.base_model_class), exist_ok=True)
     for head in classes.heads:
         _auto(f"modeling:{head}").register(config, import_object(classes.model_class), exist_ok=True)
-    _auto("tokenization:AutoTokenizer").register(config, import_object(classes.tokenizer_class), exist_ok=True)
+    # By its name alone, not for the configuration: only then is it taken even where somebody allows the folder's code.
+    _auto("tokenization:AutoTokenizer").register(
+        _stand_in(classes.config_class), import_object(classes.tokenizer_class), exist_ok=True
+    )
     if classes.processor_class is not None:
         _auto("processing:AutoProcessor").register(config, import_object(classes.processor_class), exist_ok=True)
     if classes.image_processor_class is not None:
@@ -121,8 +131,8 @@ def _register_configs(configuration_auto: ModuleType) -> None:
 def _register_processors(processing_auto: ModuleType) -> None:
     for classes in families():
         if classes.processor_class is not None:
-            key = _StandIn(classes.config_class)
-            processing_auto.AutoProcessor.register(key, _StandIn(classes.processor_class), exist_ok=True)
+            key = _stand_in(classes.config_class)
+            processing_auto.AutoProcessor.register(key, _stand_in(classes.processor_class), exist_ok=True)
 
 
 def _register_image_processors(image_processing_auto: ModuleType) -> None:
@@ -130,7 +140,7 @@ def _register_image_processors(image_processing_auto: ModuleType) -> None:
         if classes.image_processor_class is not None:
             # Not through AutoImageProcessor.register: it asks for a real class, which would have to be loaded for that.
             image_processing_auto.IMAGE_PROCESSOR_MAPPING.register(
-                _StandIn(classes.config_class), {"pil": _StandIn(classes.image_processor_class)}, exist_ok=True
+                _stand_in(classes.config_class), {"pil": _stand_in(classes.image_processor_class)}, exist_ok=True
             )
 
 

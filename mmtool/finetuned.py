@@ -45,8 +45,9 @@ class FineTuned:
 
     @property
     def val_dataset(self) -> Path:
-        """The rows that the run kept back to evaluate on."""
-        return self.run / VAL_DATASET
+        """The rows that the run kept back to evaluate on; an exported folder has a copy of its own."""
+        own = self.folder / VAL_DATASET
+        return own if own.is_file() else self.run / VAL_DATASET
 
     def fill(self, group: Any, explicit: frozenset[str]) -> None:
         """Set the options of ``group`` that the run knows, unless they are given explicitly."""

@@ -81,6 +81,7 @@ def test_the_order_of_the_imports_does_not_matter(golden: Callable[[str], Path])
 def test_the_very_first_call_finds_ours_by_the_names_in_a_folder(
     family: str, auto_class: str, found: str, golden: Callable[[str], Path]
 ) -> None:
-    """The files name the release's own code as well, for which transformers would ask."""
+    """The files name the release's own code as well: nobody is asked for it, and it does not run where it may."""
     first = f"from transformers import {auto_class}\nsay(type({auto_class}.from_pretrained(sys.argv[1])).__name__)\n"
-    assert run(MMTOOL + first, golden(family) / "checkpoint") == [found]
+    again = first.replace("sys.argv[1]", "sys.argv[1], trust_remote_code=True")
+    assert run(MMTOOL + first + again, golden(family) / "checkpoint") == [found, found]

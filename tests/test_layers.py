@@ -59,6 +59,11 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
     "export.gguf": {"gguf": "optional package"},
     "export.gguf_check": {"llama_cpp": "optional package", "xllamacpp": "optional package"},
     "export.gguf_tokenizer": {"gguf": "optional package"},
+    "export.libraries": {
+        "compressed_tensors": "part of llmcompressor",
+        "llmcompressor": "optional package",
+        "loguru": "part of it",
+    },
     "export.progress": {"rich": "only on a terminal"},
     "export.push": {
         "huggingface_hub": "only for an upload",
@@ -205,6 +210,9 @@ def test_third_party_packages_are_declared(name: str) -> None:
         "modelscope",
         "modelscope_hub",
         "torchao",
+        "llmcompressor",
+        "loguru",
+        "compressed_tensors",
         "gguf",
         "llama_cpp",
         "xllamacpp",

@@ -45,19 +45,24 @@ def build(base: Path, adapter: Path) -> None:
 def stream(base: Path, adapter: Path, output: Path) -> None:
     """Merge as the command does."""
     from mmtool.args import ExportArgs
+    from mmtool.export.layout import read_release
     from mmtool.export.main import export_main
+    from mmtool.loader import open_folder
     from mmtool.options import read_args
 
     words = ["--model_id_or_path", base, "--ckpt_dir", adapter, "--merge_lora", "true", "--verify", "false"]
     words += ["--max_shard_size", str(SHARD), "--output_dir", output]
     args = read_args(ExportArgs, list(map(str, words)), "mmtool export")
+    read_release(*open_folder(None, base))  # imports the modules of the model
     report(lambda: export_main(args))
 
 
 def in_memory(base: Path, adapter: Path, output: Path) -> None:
     """Merge in a whole model."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+    assert LlamaForCausalLM  # imported before anything is measured
 
     def merge() -> None:
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)

@@ -196,7 +196,9 @@ class Adapters:
         self.names = tuple(folders)
         self.choice: Choice | None = None
         self.touches_media: list[bool] = []
-        in_decoder = {id(module) for module in (*model.get_decoder().modules(), model.get_output_embeddings())}
+        decoder = model.get_decoder()
+        known = decoder is not None and decoder is not model  # else nobody knows what belongs to a tower
+        in_decoder = {id(module) for module in (*decoder.modules(), model.get_output_embeddings())} if known else set()
         pairs: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
         whole: dict[str, dict[int, nn.Module]] = {}
         for number, (name, folder) in enumerate(folders.items()):

@@ -24,6 +24,7 @@ from mmtool.engine.features import FeatureCache, MediaFeatures
 from mmtool.engine.graphs import GraphedStep, graphed
 from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
 from mmtool.engine.memory import fitting_length, free_memory, give_back, is_out_of_memory
+from mmtool.engine.pages import move_to_huge_pages
 from mmtool.engine.positions import Positions, check_attention
 from mmtool.engine.sampling import RowError, Sampler
 from mmtool.engine.slots import CAPACITY_STEP, KVSlots, Slot, SlotCache, common_prefix
@@ -115,6 +116,7 @@ class PtEngine(SteppedEngine):
         self._clock = 0
         self.preallocated = preallocate
         if preallocate:
+            move_to_huge_pages([*self.decoder.parameters(), *model.lm_head.parameters()])
             self._preallocate(may_shorten=max_model_len is None)
         self.pack_weights = self._can_pack() if pack_weights is None else pack_weights
         if self.pack_weights:
@@ -281,7 +283,9 @@ class PtEngine(SteppedEngine):
         for other in [other for other in self._filling if other is not run]:
             held = len(other.slot.tokens)
             rest = len(other.prompt) - held
-            if rest > most or not self._steps_prompt(other) or not self._media.ready(other):
+            if other.request.adapter != run.request.adapter or not self._steps_prompt(other):
+                break
+            if rest > most or not self._media.ready(other):
                 break
             shared = max(common_prefix(other.prompt, one.prompt) for one in together) - held
             if shared > SHARED_AT_MOST * rest:  # it can have that part for nothing when the other is done
@@ -294,7 +298,7 @@ class PtEngine(SteppedEngine):
     def _steps_prompt(self, run: Run) -> bool:
         """Whether the prompt of a run can go through the step of the decoder."""
         known = self._step is not None and self._step.takes_prompts and not self.positions.axes
-        return known and run.request.adapter is None and not self.positions.is_stretched(len(run.prompt))
+        return known and not self.positions.is_stretched(len(run.prompt))
 
     def _prefill_chunks(self, runs: list[Run], most: int) -> int:
         """Compute up to ``most`` positions of the first run's prompt, and the whole prompts of the others."""

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from mmtool.engine.pages import ask_huge
+
 if TYPE_CHECKING:
     from mmtool.engine.stepped import Run
     from mmtool.template.base import MediaInput
 
 CAPACITY_STEP = 128  # positions; capacities are multiples of it
+HUGE_AT_MOST = 16 * 2**20  # bytes of a tensor that may take memory in large pages: reads faster, but takes more of it
 
 
 class Slot:
@@ -138,6 +141,8 @@ def untouched_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {num_bytes / 1e6:.1f} MB of keys or values") from error
+    if num_bytes <= HUGE_AT_MOST:
+        ask_huge(memory)
     return torch.frombuffer(memory, dtype=dtype).view(*shape)
 
 

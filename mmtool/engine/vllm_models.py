@@ -27,10 +27,11 @@ from vllm.model_executor.models.transformers.utils import can_enable_torch_compi
 from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from mmtool.auto import families
+from mmtool.auto import families, register_classes
 from mmtool.engine.features import TOWERS
 from mmtool.models.common.folders import local_folder
 from mmtool.models.common.weights import LazyTensor
+from mmtool.spec import AutoClasses
 from mmtool.utils import import_object
 
 # Among the fields of a medium it says that they come from ``VllmEngine``: each with the rows of this medium alone.
@@ -46,6 +47,8 @@ class _Released:
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         # Reading the headers tells the configuration what a release's config.json leaves out, such as biases.
         _weights(vllm_config.model_config)
+        # To a process of another GPU the configuration comes ready made, so that nobody has read the folder there.
+        register_classes(_classes(vllm_config.model_config.hf_config))
         _check_heads(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
@@ -136,14 +139,19 @@ class MMToolForConditionalGeneration(_Released, TransformersMultiModalForCausalL
 
 
 def _network(config: Any) -> Any:
-    """Return our class with a head for a configuration.
+    """Return our class with a head for a configuration."""
+    return import_object(_classes(config).model_class)
+
+
+def _classes(config: Any) -> AutoClasses:
+    """Return the classes of the family that a configuration belongs to.
 
     Raises:
         ValueError: for a configuration of another package.
     """
     for classes in families():
         if import_object(classes.config_class) is type(config):
-            return import_object(classes.model_class)
+            return classes
     raise ValueError(f"{type(config).__name__} is no configuration of mmtool")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mmtool.errors import MMToolError
 from mmtool.export.layout import Release, Stored
-from mmtool.export.merge_lora import MergedWeights, NotStreamable
+from mmtool.export.merge_lora import NotStreamable
 from mmtool.export.output import copy_beside_weights, edit_config, set_dtype, set_untied
 from mmtool.export.progress import Progress
 from mmtool.export.quantise import WeightQuantiser
@@ -22,6 +23,16 @@ from mmtool.loader import load_model
 from mmtool.models.common.weights import LazyTensor
 
 MAIN = PurePosixPath(".")
+
+
+class ChangedWeights(Protocol):
+    """Weights that differ from those of a release; see ``MergedWeights``."""
+
+    names: frozenset[str]
+    keeps_tie: bool
+
+    def merged(self, name: str, read: Callable[[], Tensor]) -> Tensor:
+        """Return a weight in float32; ``read`` gives the release's."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +57,7 @@ class Plan:
 
 def plan_weights(
     release: Release,
-    merged: MergedWeights | None,
+    merged: ChangedWeights | None,
     dtype: torch.dtype | None,
     quantiser: WeightQuantiser | None = None,
 ) -> Plan:
@@ -103,7 +114,7 @@ def _with_head(release: Release, untied: bool) -> Iterator[Stored]:
     yield Stored(MAIN, release.head_name, source.tensor, head)
 
 
-def reader(parameter: str | None, tensor: LazyTensor, merged: MergedWeights | None) -> Callable[[], Tensor]:
+def reader(parameter: str | None, tensor: LazyTensor, merged: ChangedWeights | None) -> Callable[[], Tensor]:
     """Return what reads a weight in float32, with what adapters make of it."""
     read = tensor.astype(torch.float32).read
     if merged is None or parameter is None:

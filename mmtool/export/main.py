@@ -21,7 +21,14 @@ from mmtool.export.gguf import file_size, gguf_layout, matrices, write_gguf
 from mmtool.export.gguf_check import INSTALL, binding
 from mmtool.export.gguf_check import check as check_gguf
 from mmtool.export.layout import Release, read_release
-from mmtool.export.libraries import PACKAGES, check_library
+from mmtool.export.libraries import (
+    PACKAGES,
+    Calibrated,
+    check_bitsandbytes,
+    check_library,
+    with_adapters,
+    write_bitsandbytes,
+)
 from mmtool.export.merge_lora import MergedWeights, NotStreamable
 from mmtool.export.output import whole_folder, write_settings
 from mmtool.export.push import check_push, push
@@ -56,7 +63,12 @@ def export_main(args: ExportArgs) -> None:
         publish(args, source, source.named, [])
         return
     folder = output_folder(args, source)
-    table = export_gguf(args, source, folder) if args.output.to_gguf else export_model(args, source, folder, max_bytes)
+    if args.output.to_gguf:
+        table = export_gguf(args, source, folder)
+    elif args.quant.quant_method == "bnb":
+        table = export_bitsandbytes(args, source, folder, max_bytes)
+    else:
+        table = export_model(args, source, folder, max_bytes)
     logger.info("%s\n%s", f"written: {folder}", format_rows(table))
     if args.push.push_to_hub:
         publish(args, source, folder, table)
@@ -123,7 +135,7 @@ def export_model(args: ExportArgs, source: Source, folder: Path, max_bytes: int)
                 write_in_memory(partial, source, release, dtype=dtype, max_bytes=max_bytes)
         write_beside(args, source, partial)
         table: Table = [("model", source.spec.model_type), ("source", str(source.named))]
-        if plan is not None and source.adapters:
+        if plan is not None and source.adapters and not isinstance(quantiser, Calibrated):
             table.append(("merged", f"{plan.changed} of {sum(map(len, plan.entries.values()))} tensors"))
         if quantiser is not None:
             table += quantiser.rows(release.nbytes, plan.nbytes if plan is not None else 0)
@@ -156,6 +168,21 @@ def export_gguf(args: ExportArgs, source: Source, folder: Path) -> Table:
             with log.timed("verify"):
                 verified = check_gguf(path, kind, source, args.model.device_map)
         table.append(("verified", verified))
+    return table
+
+
+def export_bitsandbytes(args: ExportArgs, source: Source, folder: Path, max_bytes: int) -> Table:
+    """Write a folder of a model of transformers, quantised by bitsandbytes, as transformers stores it."""
+    given = args.quant
+    check_bitsandbytes(source.spec, bool(source.adapters))
+    release = read_release(source.spec, source.folder, source.model_kwargs)
+    layers = linear_layers(release.network, source.spec, given.quant_parts, given.quant_modules_to_not_convert)
+    with whole_folder(folder, overwrite=args.output.overwrite, needed=release.nbytes) as partial:
+        count = write_bitsandbytes(partial, source, layers, given.quant_bits, args.model.device_map, max_bytes)
+        write_beside(args, source, partial)
+        table: Table = [("model", source.spec.model_type), ("source", str(source.named))]
+        table += [("quantised", f"{count} layers to {given.quant_bits} bits"), *written_rows(partial)]
+        table += check(args, source, partial, stored_dtype(release, None), quantised=True)
     return table
 
 
@@ -197,7 +224,20 @@ def make_quantiser(args: ExportArgs, source: Source, release: Release, stored: t
         return None
     layers = linear_layers(release.network, source.spec, given.quant_parts, given.quant_modules_to_not_convert)
     scales = torch.float32 if given.quant_bits == "8" else stored  # next to a whole row they take no room
-    return WeightQuantiser(layers, given, scales)
+    if given.quant_method == "torchao":
+        return WeightQuantiser(layers, given, scales)
+    quantiser = Calibrated(layers, given, torch.float32)
+    rows = read_rows(args, source, given.quant_n_samples, given.quant_seqlen)
+    model, _ = load_model(
+        source.spec,
+        source.folder,
+        dtype="fp32",
+        device_map=args.model.device_map,
+        model_kwargs=source.model_kwargs,
+        processor=rows.template.processor,
+    )
+    quantiser.calibrate(with_adapters(model, source.adapters), given.quant_method, layers, rows)
+    return quantiser
 
 
 def make_plan(
@@ -205,6 +245,8 @@ def make_plan(
 ) -> Plan | None:
     """Return what to write tensor by tensor, None where only a whole model can be merged."""
     try:
+        if isinstance(quantiser, Calibrated):
+            return plan_weights(release, quantiser, dtype, quantiser)
         merged = MergedWeights(release.network, source.adapters) if source.adapters else None
         return plan_weights(release, merged, dtype, quantiser)
     except NotStreamable as reason:

@@ -7,6 +7,7 @@ merged. So whatever peft knows (DoRA, rsLoRA, ranks by pattern, convolutions, em
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -104,19 +105,16 @@ class AdapterWeights:
             return base + layer.lora_B[NAME].bias * layer.scaling[NAME]
         inner = layer.get_base_layer()
         placeholder, inner.weight = inner.weight, nn.Parameter(base, requires_grad=False)
-        bias = inner.bias if name.replace(".weight", ".bias") in self._bias_names else None
+        has_bias, layer.lora_bias[NAME] = layer.lora_bias[NAME], False  # that is another weight, merged in its turn
         try:
             self._take_away(layer)
             with torch.no_grad():
-                layer.merge(safe_merge=True, adapter_names=[NAME])
-            return inner.weight.data
-        except ValueError as error:  # no finite numbers
-            raise CheckpointError(f"{name}: {error}", "The run has diverged; export an earlier checkpoint.") from error
+                layer.merge(adapter_names=[NAME])
+            return _finite(name, inner.weight.data)
         finally:
             layer.merged_adapters.clear()
             inner.weight = placeholder
-            if bias is not None:
-                inner.bias = bias
+            layer.lora_bias[NAME] = has_bias
 
     def _take_away(self, layer: Any) -> None:
         """Do to the base weight what its way to begin did before training."""
@@ -206,6 +204,15 @@ def _lora_layers(adapted: nn.Module) -> dict[str, Any]:
         elif isinstance(module, AuxiliaryTrainingWrapper) and not isinstance(module, ModulesToSaveWrapper):
             raise NotStreamable(f"{name} is a {type(module).__name__}")
     return layers
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if not all(math.isfinite(float(value)) for value in torch.aminmax(weight)):
+        raise CheckpointError(
+            f"{name}: the merged weight has numbers that are not finite",
+            "The run has diverged; export an earlier checkpoint.",
+        )
+    return weight
 
 
 def _plain(name: str) -> str:

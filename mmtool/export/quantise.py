@@ -92,13 +92,13 @@ class WeightQuantiser:
 
     def entries(self, name: str, parameter: str, shape: torch.Size, read: Callable[[], Tensor]) -> list[Entry]:
         """Return what is stored of a matrix; each piece is computed anew when its turn comes."""
-        rows, columns = shape
         size = self.group_sizes[parameter]
-        groups = torch.Size([rows, columns // size])
+        return self.pieces(name, parameter, shape, lambda: quantise(read(), self.bits, size))
 
-        def numbers() -> Numbers:
-            return quantise(read(), self.bits, size)
-
+    def pieces(self, name: str, parameter: str, shape: torch.Size, numbers: Callable[[], Numbers]) -> list[Entry]:
+        """Return the entries of a matrix that ``numbers`` gives."""
+        rows, columns = shape
+        groups = torch.Size([rows, columns // self.group_sizes[parameter]])
         scale = Entry(f"{name}{SCALE}", groups, self._dtype, lambda: numbers().scale)
         if self.bits == 8:
             return [Entry(f"{name}{DATA}", shape, torch.int8, lambda: numbers().data), scale]

@@ -157,7 +157,7 @@ def _model(card: ModelCard, name: str) -> dict[str, Any]:
         "object": "model",
         "created": card.created,
         "owned_by": "mmtool",
-        "root": adapter or card.root,
+        "root": name if adapter else card.root,
         "parent": card.names[0] if adapter else None,
         "max_model_len": card.max_model_len,
         "modalities": ["text", *card.modalities],

@@ -9,7 +9,7 @@ from mmtool.args import ServeArgs
 from mmtool.errors import MMToolError
 from mmtool.utils import collection_paused
 
-PACKAGES = ("fastapi", "uvicorn", "llguidance")
+PACKAGES = ("fastapi", "uvicorn", "httptools", "llguidance")
 
 
 def start(args: ServeArgs) -> None:

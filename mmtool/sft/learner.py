@@ -210,9 +210,11 @@ class Learner(nn.Module):
         """Run a frozen tower for some media of a batch.
 
         On a CPU it takes one at a time, which is as fast: so the last bits of its features never depend on what else
-        was in the batch, and a run that is resumed without its cache is the same run.
+        was in the batch, and a run that is resumed without its cache is the same run. Ranks that hold pieces of a
+        tower must call it as often as one another.
         """
-        groups = [[item] for item in chosen] if self._device_type() == "cpu" else [list(chosen)]
+        alone = self._device_type() == "cpu" and not self.one_piece
+        groups = [[item] for item in chosen] if alone else [list(chosen)]
         return [
             rows
             for group in groups

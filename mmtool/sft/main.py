@@ -352,9 +352,8 @@ def summary(trainer: SftTrainer, progress: Progress, run: Path) -> str:
     for count, text in ((outcome.row_errors, "rows were left out"), (outcome.bad_steps, "steps were left out")):
         if count:
             lines.append(f"{count} {text}")
-    best = state.best_global_step
-    if best and last is not None and f"checkpoint-{best}" != last.name:
-        lines.append(f"best: {run / f'checkpoint-{best}'} (evaluation loss {state.best_metric:.4f})")
+    if outcome.best is not None and outcome.best[0] != last:
+        lines.append(f"best: {outcome.best[0]} (evaluation loss {outcome.best[1]:.4f})")
     if last is None:
         return "\n".join(lines)
     lines.append(f"last: {last}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import io
 import logging
+import os
+import shutil
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +90,7 @@ def load_network(
         zero_stage: of DeepSpeed, 0 without.
     """
     tuner = args.tuner
+    check_kernels(args, use_cpu)
     if spec.layout is None:  # else the network tells the parts: see below
         choose_ways(args.parts, tuner.sft_type, spec.parts)
     source = resumed if resumed is not None and tuner.sft_type == "full" else folder
@@ -193,14 +196,33 @@ def _checkpoint_activations(model: Any, args: SftArgs, use_cpu: bool) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=keywords)
 
 
-def use_liger(decoder: Any) -> None:
-    """Put the kernels of the package liger-kernel into a language model.
+def check_kernels(args: SftArgs, use_cpu: bool) -> None:
+    """Refuse what this machine has no kernels or no compiler for, before anything loads.
 
     Raises:
-        MMToolError: where it is not installed, or does not know the model.
+        MMToolError: naming the option and what is missing.
     """
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise MMToolError("--use_liger_kernel needs the package liger-kernel", "pip install liger-kernel")
+    if args.devices.use_liger_kernel:
+        if use_cpu:
+            raise MMToolError(
+                "--use_liger_kernel true needs a GPU", "Leave it out: mmtool has faster layers of its own for a CPU."
+            )
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise MMToolError("--use_liger_kernel true needs the package liger-kernel", "pip install liger-kernel")
+    if args.devices.torch_compile:
+        compiler = os.environ.get("CXX", "g++")
+        if use_cpu and shutil.which(compiler) is None:
+            raise MMToolError(f"--torch_compile true needs a C++ compiler; there is no {compiler}", "Install g++.")
+        if not use_cpu and importlib.util.find_spec("triton") is None:
+            raise MMToolError("--torch_compile true needs the package triton", "pip install triton")
+
+
+def use_liger(decoder: Any) -> None:
+    """Put the kernels of the package liger-kernel, which is there, into a language model.
+
+    Raises:
+        MMToolError: where it does not know the model.
+    """
     from liger_kernel.transformers import monkey_patch
 
     known = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN

@@ -88,7 +88,7 @@ class Progress(TrainerCallback):
         if "loss" in logs:
             line |= {"samples_per_second": round(self.samples_per_second, 3), "memory_gib": round(memory_gib(), 3)}
         with (self.run / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
         if self._events is not None:
             names = {name: value for name, value in line.items() if name not in ("step", "epoch")}
             self._events.add(state.global_step, {_tag(name): float(value) for name, value in names.items()})
@@ -154,6 +154,11 @@ def memory_gib() -> float:
 def time_split() -> str:
     """Return where the time before the first step went."""
     return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in timings().items())
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as JSON can say it: null for none."""
+    return value if math.isfinite(value) else None
 
 
 def _tag(name: str) -> str:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mmtool.errors import DataError, MMToolError
-from mmtool.finetuned import TRAINER_STATE
+from mmtool.finetuned import TRAINER_STATE, checkpoint_steps
 from mmtool.log import get_logger
 from mmtool.sft.batches import Collator, Packs, RowDataset, StepBatches, split_batch
 from mmtool.sft.checkpoint import record, rotate, save_model, whole_or_not
@@ -56,6 +56,7 @@ class Outcome:
     error: MMToolError | None = None
     row_errors: int = 0
     bad_steps: int = 0
+    best: tuple[Path, float] | None = None  # the best checkpoint and its evaluation loss
     saved: list[Path] = field(default_factory=list)
 
 
@@ -98,6 +99,7 @@ class SftTrainer(Trainer):
         self.group_by_length = group_by_length and packs is None
         self.early_stop = early_stop
         self._bad_loss_rows: list[str] = []
+        self._passes = self._bad_passes = 0  # since a loss was logged
         self._bad_in_a_row = 0
         self._grad_norm: float | None = None
         self._row_stop: MMToolError | None = None
@@ -198,9 +200,19 @@ class SftTrainer(Trainer):
         losses = [super(SftTrainer, self).training_step(model, piece, num_items_in_batch) for piece in pieces]
         loss = sum(losses[1:], losses[0])
         self._remember(self.train_dataset, light)
+        self._passes += 1
         if not math.isfinite(float(loss)):
+            self._bad_passes += 1
             self._bad_loss_rows += origins
         return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log; a loss of passes that all were no numbers is none, where Trainer takes 0 for them."""
+        if "loss" in logs:
+            if self._passes and self._bad_passes == self._passes:
+                logs["loss"] = math.nan
+            self._passes = self._bad_passes = 0
+        super().log(logs, *args, **kwargs)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -344,9 +356,7 @@ class SftTrainer(Trainer):
         """Write ``checkpoint-N`` of the run folder, whole or not at all."""
         run = Path(self.args.output_dir)
         folder = run / f"checkpoint-{self.state.global_step}"
-        best = self.state.best_global_step
-        best_folder = run / f"checkpoint-{best}" if best else None
-        self.state.best_model_checkpoint = str(best_folder) if best_folder else None
+        self.state.best_model_checkpoint = None  # Trainer's best evaluation may have no checkpoint
         with whole_or_not(folder, self.ranks.is_main, self.ranks.barrier) as partial:
             self.save_model(str(partial), _internal_call=True)
             if not self.args.save_only_model:
@@ -358,10 +368,22 @@ class SftTrainer(Trainer):
                 self.state.save_to_json(str(partial / name))
         self.outcome.saved.append(folder)
         if self.ranks.is_main:
-            metric = self.state.best_metric
-            record(run, folder, best_folder, None if metric is None else float(metric))
-            rotate(run, self.plan.keep, best_folder)
+            self.outcome.best = self._best_checkpoint(run)
+            best, loss = self.outcome.best or (None, None)
+            record(run, folder, best, loss)
+            rotate(run, self.plan.keep, best)
         self.ranks.barrier()
+
+    def _best_checkpoint(self, run: Path) -> tuple[Path, float] | None:
+        """Return the checkpoint with the lowest evaluation loss of its step, and that."""
+        losses = {line["step"]: float(line["eval_loss"]) for line in self.state.log_history if "eval_loss" in line}
+        found = [
+            (losses[step], path)
+            for step, path in checkpoint_steps(run)
+            if step in losses and math.isfinite(losses[step])
+        ]
+        loss, path = min(found, key=lambda pair: pair[0], default=(0.0, None))
+        return None if path is None else (path, loss)
 
     def save_now(self) -> None:
         """Write a checkpoint at the end, where the steps did not ask for one."""

@@ -1,7 +1,7 @@
 """Calls of tools in an answer: how a family writes them, and how they are found while the answer comes.
 
 Two kinds are known: JSON objects with a name and arguments (Hermes, Qwen, Llama, Mistral and their like), and lines of
-Python between two marks (FM9G, MiniCPM3).
+Python between two marks (MiniCPM3, LFM2).
 """
 
 from __future__ import annotations
@@ -98,16 +98,15 @@ class JsonCalls(CallFormat):
 
 @dataclass(frozen=True)
 class PythonCalls(CallFormat):
-    """Calls as lines of Python, ``name(key=value)``, in a code block."""
+    """Calls as Python, ``name(key=value)``: line by line, or in a list."""
 
     def read(self, text: str) -> list[tuple[str, dict[str, Any]]] | None:
         """Read the calls; only constants, lists and dicts count as values, and nothing is run."""
         code = text.strip().removeprefix("```python").removeprefix("```").removesuffix("```").strip()
         try:
-            body = ast.parse(code).body
+            lines = [line.value for line in ast.parse(code).body if isinstance(line, ast.Expr)]
             calls = []
-            for line in body:
-                call = line.value if isinstance(line, ast.Expr) else None
+            for call in (item for line in lines for item in getattr(line, "elts", [line])):  # also several in a list
                 if not isinstance(call, ast.Call) or call.args or not isinstance(call.func, ast.Name | ast.Attribute):
                     return None
                 pairs = {item.arg: ast.literal_eval(item.value) for item in call.keywords if item.arg is not None}

@@ -88,3 +88,5 @@ def test_a_merged_adapter_answers_as_before(
     kept = (merged / "val_dataset.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(result.read_text(encoding="utf-8").splitlines()) == len(kept) > 0
     assert read_weights(merged)
+    elsewhere = merged.rename(tmp_path / "elsewhere")
+    assert open_finetuned(elsewhere).val_dataset.parent == elsewhere

@@ -113,19 +113,25 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def run(hub: Hub, *words: object, home: Path, **more: str) -> subprocess.CompletedProcess[str]:
+SCRIPT = Path(__file__).parents[2] / "examples" / "export" / "push.sh"
+
+
+def run(hub: Hub, *words: object, home: Path, script: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the hub's tools read their settings once."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
     environment["HF_HUB_DISABLE_XET"] = "1"  # the server takes large files as Git LFS does
-    command = [sys.executable, "-m", "mmtool", "export", *map(str, words)]
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["sh", str(SCRIPT)] if script else [sys.executable, "-m", "mmtool", "export"]
+    command += map(str, words)
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_a_merged_model_is_uploaded_with_its_card(hub: Hub, train: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = train(None, "image", model_type="tiny")
-    words = ["--ckpt_dir", checkpoint, "--merge_lora", "true", "--push_to_hub", "true", "--hub_model_id", "me/model"]
-    done = run(hub, *words, "--hub_token", "hf_secret", "--hub_private_repo", "true", home=tmp_path / "home")
+    settings = {"CKPT": str(checkpoint), "REPOSITORY": "me/model"}
+    words = ["--hub_token", "hf_secret", "--hub_private_repo", "true"]
+    done = run(hub, *words, home=tmp_path / "home", script=True, **settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "pushed: " in done.stderr
     assert hub.created[0]["name"] == "model"

@@ -56,12 +56,15 @@ def test_the_embedded_model_in_few_bits(bits: str, least: float, tmp_path: Path)
     quantised = {name for name, tensor in read_weights(tmp_path / "new").items() if hasattr(tensor, "bits")}
     assert quantised
     assert all(".layers." in name and "vision" not in name and "mm_projector" not in name for name in quantised)
-    asked = mmtool("infer", "--ckpt_dir", tmp_path / "new", "--query", "How many shapes are there?", "--images", PICTURE)
+    asked = mmtool(
+        "infer", "--ckpt_dir", tmp_path / "new", "--query", "How many shapes are there?", "--images", PICTURE
+    )
     assert asked.returncode == 0, asked.stderr[-3000:]
     assert "3" in asked.stdout
 
 
 @needs_torchao
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["fm9g/mla", "internlm-xcomposer2_5", "qwen2_vl"])
 def test_an_adapter_is_merged_and_quantised_in_one_go(
     family: str,

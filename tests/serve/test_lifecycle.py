@@ -1,5 +1,6 @@
 """Clients that leave, do not read, or are too many; and a server that stops."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -106,6 +107,34 @@ def test_several_answers_are_taken_together_or_not_at_all(serving, idle):
         assert server.chat("Hello", n=3).status_code == 429
         idle(server)
         assert server.chat("Hello", n=2).status_code == 200
+
+
+@pytest.mark.parametrize("said", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"])
+def test_a_connection_that_does_not_ask_is_closed(serving, monkeypatch, said):
+    monkeypatch.setattr("mmtool.serve.connection.HEAD_SECONDS", 0.3)
+    with serving() as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as sock:
+            sock.sendall(said)
+            assert sock.recv(100) == b""
+
+
+def test_a_head_without_end_is_not_read(server):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.sendall(b"GET /health HTTP/1.1\r\n")
+        sent, answered = 0, b""
+        try:
+            while sent < 20_000_000:
+                sock.sendall(b"X-Header: " + b"x" * 8000 + b"\r\n")
+                sent += 8000
+        except OSError:
+            pass
+        assert sent < 10_000_000
+        with contextlib.suppress(OSError):
+            answered = sock.recv(1000)
+        assert answered == b"" or answered.startswith(b"HTTP/1.1 400")
+    assert server.http.get("/health", headers={"x-long": "y" * 10_000}).status_code == 200
 
 
 def test_a_stream_that_waits_says_that_it_is_alive(serving, monkeypatch):

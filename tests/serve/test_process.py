@@ -237,3 +237,14 @@ def test_a_second_signal_does_not_wait(served):
         time.sleep(0.2)
         served.process.send_signal(signal.SIGINT)
         assert served.process.wait(20) == 0
+
+
+def test_a_missing_package_is_said_with_its_install_line(monkeypatch, capsys):
+    monkeypatch.setattr("mmtool.serve.launch.find_spec", lambda name: None)
+    assert main(["serve"]) == 2
+    assert "pip install 'mmtool[serve]'" in capsys.readouterr().err
+
+
+def test_an_adapter_cannot_have_the_name_of_the_model(adapter, capsys):
+    assert main(["serve", "--port", "0", "--served_model_name", "a", "--lora_modules", f"a={adapter}"]) == 2
+    assert "a is the name of the model" in capsys.readouterr().err

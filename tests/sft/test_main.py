@@ -1,5 +1,6 @@
 """`mmtool sft` in this process: what it writes, going on exactly, and what it does when something goes wrong."""
 
+import base64
 import errno
 import importlib.util
 import json
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from peft import PeftModel
@@ -194,7 +196,7 @@ def test_infer_answers_the_rows_that_the_run_kept(ran: Path, tmp_path: Path, cap
 
 
 def test_a_checkpoint_alone_knows_its_prompt(sft_args: Make, tmp_path: Path) -> None:
-    sft_main(sft_args(system="Be brief.", max_steps=1, processor_kwargs={"max_tiles": 1}, template_kwargs={}))
+    sft_main(sft_args(system="Be brief.", max_steps=1, processor_kwargs={"do_normalize": True}))
     (tmp_path / "run" / "checkpoint-1").rename(tmp_path / "elsewhere")
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "elsewhere").rename(tmp_path / "run")
@@ -202,7 +204,7 @@ def test_a_checkpoint_alone_knows_its_prompt(sft_args: Make, tmp_path: Path) -> 
     args = read_args(InferArgs, ["--ckpt_dir", str(tmp_path / "run")], "mmtool infer")
     finetuned.fill(args.model, args.explicit)
     assert args.model.model_type == "tiny"
-    assert args.model.processor_kwargs == {"max_tiles": 1}
+    assert args.model.processor_kwargs == {"do_normalize": True}
     args = read_args(InferArgs, ["--ckpt_dir", str(tmp_path / "run")], "mmtool infer")
     finetuned.fill(args.template, args.explicit)
     assert args.template.system == "Be brief."
@@ -216,6 +218,46 @@ def test_packed_rows_and_named_modules_train(sft_args: Make, tmp_path: Path) -> 
     saved = weights(tmp_path / "run" / "checkpoint-2")
     assert any("lm_head" in name for name in saved)
     assert any("multi_modal_projector" in name for name in saved)
+
+
+def turns(*contents: Any, keys: tuple[str, str], roles: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{keys[0]: role, keys[1]: content} for role, content in zip(roles, contents, strict=True)]
+
+
+def test_files_of_every_format_train_in_one_run(sft_args: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "Daten 数据"
+    (folder / "bilder").mkdir(parents=True)
+    name = "bilder/ä 1.png"
+    PIL.Image.new("RGB", (40, 30), "red").save(folder / name)
+    uri = "data:image/png;base64," + base64.b64encode((folder / name).read_bytes()).decode()
+    old, new = ("from", "value"), ("role", "content")
+    chat, bot, plain = ("human", "gpt"), ("user", "assistant"), {"query": "q", "response": "r"}
+    rows: dict[str, Any] = {
+        "swift": {**plain, "history": [["a", "b"]], "images": [None, name]},
+        "inline": {"conversations": turns(f"<img>{name}</img>What?", "A cup.", keys=old, roles=bot)},
+        "messages": {"messages": turns([{"type": "image_url", "image_url": {"url": uri}}], "a", keys=new, roles=bot)},
+        "sharegpt": {"conversations": turns("<image>What?", "A cup.", keys=old, roles=chat), "images": [name]},
+        "alpaca": {"instruction": "Translate.", "input": "cat", "output": "chat"},
+        "megrez": {"conversations": turns({"text": "What?", "image": name}, {"text": "A cup."}, keys=new, roles=bot)},
+        "xcomposer": {"image": [name], "conversations": turns("<ImageHere>?", "B", keys=old, roles=("human", "bot"))},
+        "minicpm": {"image": {"<image_00>": name}, "conversations": turns("<image_00>?", "B", keys=new, roles=bot)},
+        "fm9g": {"input": "<用户>Name a river.<AI>", "output": "The Yangtze."},
+        "yi": {"prompt": "Human: Hi Assistant:", "chosen": "Hello."},
+        "llava": {"image": name, "conversations": turns("<image>\nWhat?", "A cup.", keys=old, roles=chat)},
+        "text": {"text": "Running text."},
+    }
+    for number, (kind, row) in enumerate(rows.items()):
+        if number % 2:
+            (folder / f"{kind}.json").write_text(json.dumps([row], ensure_ascii=False), encoding="utf-8")
+        else:  # with a byte order mark, blank lines, and line ends of Windows
+            text = "\r\n" + json.dumps(row) + "\r\n  \r\n"
+            (folder / f"{kind}.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    (folder / "flat.csv").write_text(f'frage,antwort,images\n"q, r\ns",a,{name}\n', encoding="utf-8-sig")
+    columns = {"frage": "query", "antwort": "response"}
+    sft_main(sft_args(dataset=[str(folder)], columns=columns, check_dataset="strict", batch_size=7))
+    told = json.loads((tmp_path / "run" / "sft_args.json").read_text(encoding="utf-8"))["data"]
+    assert (told["train_rows"], told["dropped"], told["media"]["image"]["number"]) == (13, 0, 9)
+    assert set(losses(tmp_path / "run")) == {1, 2}
 
 
 def test_evaluations_that_get_no_better_end_the_run(
@@ -233,6 +275,21 @@ def test_evaluations_that_get_no_better_end_the_run(
     assert max(losses(tmp_path / "run")) == 5
     assert [step for step, _ in checkpoint_steps(tmp_path / "run")] == [3, 5], "the best and the last"
     assert open_finetuned(tmp_path / "run").folder.name == "checkpoint-3"
+
+
+def test_the_best_checkpoint_is_one_that_was_saved(
+    sft_args: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Evaluations between checkpoints may be better; but nobody could open those."""
+    caplog.set_level("INFO")
+    options = {"learning_rate": 0.0, "eval_steps": 1, "save_steps": 2, "max_steps": 3, "dataset_test_ratio": 0.2}
+    sft_main(sft_args(**options))
+    run = tmp_path / "run"
+    evaluated = losses(run, "eval_loss")
+    assert set(evaluated) == {1, 2, 3}
+    noted = json.loads((run / "checkpoints.json").read_text())
+    assert noted == {"last": "checkpoint-3", "best": "checkpoint-2", "best_eval_loss": pytest.approx(evaluated[2])}
+    assert "best: " + str(run / "checkpoint-2") in caplog.text
 
 
 # When something goes wrong ------------------------------------------------------------------------------------------
@@ -324,6 +381,7 @@ def test_a_loss_that_is_no_number_is_left_out(
     assert all(torch.isfinite(tensor).all() for tensor in weights(run / "checkpoint-3").values())
     told = [record.getMessage() for record in caplog.records if "not finite" in record.getMessage()]
     assert len(told) == 1
+    assert [loss is None for loss in losses(run).values()] == [False, True, False], "and not 0, as Trainer has it"
     assert "rows.jsonl:" in told[0]
 
 

@@ -57,6 +57,12 @@ def read(format, text, size):
             [("weather", {"city": "B", "days": [1]}), ("time", {})],
         ),
         (
+            PythonCalls("<|tool_call_start|>[", "]<|tool_call_end|>", special=True),
+            "<|tool_call_start|>[weather(city='[B]'), time()]<|tool_call_end|>",
+            "",
+            [("weather", {"city": "[B]"}), ("time", {})],
+        ),
+        (
             PYTHON,
             "<|tool_call_start|>\n```python\nweather(city=open('/etc/passwd'))\n```\n<|tool_call_end|>",
             "<|tool_call_start|>\n```python\nweather(city=open('/etc/passwd'))\n```\n<|tool_call_end|>",

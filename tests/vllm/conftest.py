@@ -161,29 +161,28 @@ def start_vllm() -> Iterator[Callable[..., Any]]:
 
 def make_checkpoint(source: Path, folder: Path) -> Path:
     """Write a folder as ``source``, but with larger heads and random weights."""
-    shutil.copytree(
-        source,
-        folder,
-        copy_function=shutil.copyfile,
-        ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.index.json"),
-    )
+    shutil.copytree(source, folder, copy_function=shutil.copyfile)
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    if config.get("kv_lora_rank") is not None:
-        config["qk_nope_head_dim"] = HEAD_SIZE - config["qk_rope_head_dim"]
-        config.pop("head_dim", None)
+    settings = json.loads((folder / "config.json").read_text("utf-8"))
+    if settings.get("kv_lora_rank") is not None:
+        settings["qk_nope_head_dim"] = HEAD_SIZE - settings["qk_rope_head_dim"]
+        settings.pop("head_dim", None)
     else:
-        count, heads = config["num_attention_heads"], config["hidden_size"] // HEAD_SIZE
-        grouped = config.get("num_key_value_heads", count) < count
-        config |= {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2) if grouped else heads}
-    config["torch_dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        count, heads = settings["num_attention_heads"], settings["hidden_size"] // HEAD_SIZE
+        grouped = settings.get("num_key_value_heads", count) < count
+        settings |= {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 2) if grouped else heads}
+    settings["torch_dtype"] = "float32"
+    (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     spec, _ = open_folder(None, folder)
     model_class = import_object(spec.model_class)
+    config = model_class.config_class.from_pretrained(folder)  # some sizes only the weights tell
+    for path in list(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".bin") or path.name.endswith(".index.json"):
+            path.unlink()
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(3)
-        model = model_class._from_config(model_class.config_class.from_pretrained(folder)).eval()
+        model = model_class._from_config(config).eval()
         for weight in model.parameters():
             if weight.ndim > 1:  # much larger than a fresh model's, so that every token depends on all before it
                 weight.normal_(0, 1.6 * weight[0].numel() ** -0.5)

@@ -97,7 +97,8 @@ def test_a_grammar(pair, engine, deltas):
 
 def test_drawing_is_repeatable_whatever_runs_beside_it(pair, engine, answers):
     def drawn(seed):
-        return pair.request("Hello", do_sample=True, temperature=1.9, top_p=0.95, top_k=200, min_p=0.001, seed=seed)
+        settings = {"do_sample": True, "temperature": 2.0, "top_k": 500, "min_p": 1e-5, "max_new_tokens": 30}
+        return pair.request(["large.png", QUESTION], seed=seed, **settings)
 
     (alone,) = answers(engine, [drawn(1)])
     among = answers(engine, [drawn(2), drawn(1), drawn(None), drawn(3)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmtool.errors import CheckpointError
+from mmtool.log import get_logger
+
+logger = get_logger(__name__)
 
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # What transformers' Auto classes pass along and a folder has no use for.
@@ -29,6 +33,8 @@ def local_folder(
         allow_patterns: files to download; all if None.
     """
     rest = {key: value for key, value in options.items() if key not in _DOWNLOAD_OPTIONS + _AUTO_OPTIONS}
+    if options.get("trust_remote_code"):
+        _say_unneeded()
     if Path(name).is_dir():
         return Path(name), rest
     from huggingface_hub import snapshot_download
@@ -42,6 +48,11 @@ def local_folder(
             f"{str(name)!r} is neither a folder nor a model that can be downloaded: {error}",
             "Give the path of a downloaded folder.",
         ) from error
+
+
+@functools.cache  # once: a model, its configuration and its processor ask for the same folder
+def _say_unneeded() -> None:
+    logger.info("trust_remote_code=True is not needed, and no code of a folder is run: the models are part of mmtool")
 
 
 def read_json(path: Path) -> dict[str, Any]:

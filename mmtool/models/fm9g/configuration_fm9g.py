@@ -42,6 +42,7 @@ class FM9GConfig(MLAConfig):
     """
 
     model_type = "fm9g"
+    tokenizer_class: ClassVar = "FM9GTokenizer"  # for a folder whose files name none
     base_model_tp_plan: ClassVar = {
         **MLAConfig.base_model_tp_plan,
         "layers.*.self_attn.q_proj": "colwise",

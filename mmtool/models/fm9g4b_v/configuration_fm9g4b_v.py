@@ -67,6 +67,7 @@ class FM9GVConfig(PreTrainedConfig):
     """
 
     model_type = "fm9gv"
+    tokenizer_class: ClassVar = "FM9GVTokenizer"  # for a folder whose files name none
     sub_configs: ClassVar = {"text_config": FM9GVTextConfig, "vision_config": SiglipVisionConfig}
     keys_to_ignore_at_inference: ClassVar = ["past_key_values"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -10,9 +11,11 @@ import jinja2
 
 from mmtool.errors import MMToolError
 from mmtool.messages import Message, check_turns
-from mmtool.template.tools import CallFormat, JsonCalls
+from mmtool.template.tools import CallFormat, JsonCalls, PythonCalls
 
 _NAME, _ARGUMENTS = "probed_function", {"probed_key": "probed value"}
+_PYTHON_CALL = re.compile(r"probed_function\(probed_key=(?P<quote>['\"])probed value(?P=quote)\)")
+_UNKNOWN = "the chat template of this model writes calls of tools in a way that is not known"
 _USER = {"role": "user", "content": "0"}
 _CALL = {"id": "abcdef123", "type": "function", "function": {"name": _NAME, "arguments": _ARGUMENTS}}
 _PROBED_TOOL = {
@@ -50,18 +53,26 @@ def find_call_format(render: Render, end: str, special_tokens: Collection[str], 
         raise MMToolError(f"the chat template of this model does not take calls of tools: {error}") from error
     written = written[len(prompt) :] if written.startswith(prompt) else written[written.rfind(_NAME) - 200 :]
     found = _find_json(written)
-    if found is None:
-        raise MMToolError("the chat template of this model writes calls of tools in a way that is not known")
-    start, stop, value = found
+    python = _PYTHON_CALL.search(written)
+    if found is None and python is None:
+        raise MMToolError(_UNKNOWN)
+    start, stop = found[:2] if found is not None else python.span()
+    begin, tail = written[:start], written[stop:]
+    tail = tail[: tail.index(end)] if end and end in tail else ""
+    special = any(token in begin + tail for token in special_tokens if token)
+    if found is not None:
+        return _json_calls(begin, tail, special, found[2])
+    if not begin.strip():  # nothing would tell a call from an answer that is code
+        raise MMToolError(_UNKNOWN)
+    return PythonCalls(begin, tail, special)
+
+
+def _json_calls(begin: str, tail: str, special: bool, value: Any) -> JsonCalls:
     listed = isinstance(value, list)
     call = value[0] if listed else value
     keys = [next((key for key, item in call.items() if item == wanted), None) for wanted in (_NAME, _ARGUMENTS)]
     if None in keys:
-        raise MMToolError("the chat template of this model writes calls of tools in a way that is not known")
-    tail = written[stop:]
-    tail = tail[: tail.index(end)] if end and end in tail else ""
-    begin = written[:start]
-    special = any(token in begin + tail for token in special_tokens if token)
+        raise MMToolError(_UNKNOWN)
     return JsonCalls(begin, tail, special, name_key=keys[0], arguments_key=keys[1], listed=listed)
 
 

@@ -120,6 +120,7 @@ class XComposer2Config(PreTrainedConfig):
     """
 
     model_type = "internlm_xcomposer2"
+    tokenizer_class: ClassVar = "InternLM2Tokenizer"  # for a folder whose files name none
     sub_configs: ClassVar = {"text_config": XComposer2TextConfig, "vision_config": CLIPVisionConfig}
 
     text_config: dict | XComposer2TextConfig | None = None

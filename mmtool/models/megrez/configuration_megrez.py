@@ -99,6 +99,7 @@ class MegrezOmniConfig(PreTrainedConfig):
     """
 
     model_type = "megrezo"
+    tokenizer_class: ClassVar = "MegrezTokenizer"  # for a folder whose files name none
     sub_configs: ClassVar = {
         "text_config": LlamaConfig,
         "vision_config": SiglipVisionConfig,
