@@ -25,7 +25,8 @@ def move_to_huge_pages(weights: Iterable[nn.Parameter]) -> None:
     Loaded weights are pages of 4 KB of their file, whose addresses cost a tenth of the time of a step. The old memory
     is free at once, weight by weight.
     """
-    moved = [weight for weight in weights if weight.device.type == "cpu" and weight.is_contiguous()]
+    distinct = {id(weight): weight for weight in weights}.values()  # tied ones come twice
+    moved = [weight for weight in distinct if weight.device.type == "cpu" and weight.is_contiguous()]
     if not moved or not hasattr(mmap, "MADV_HUGEPAGE"):
         return
     places, end = [], 0

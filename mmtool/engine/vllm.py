@@ -19,15 +19,14 @@ from safetensors import safe_open
 from mmtool.engine.base import Request, TokenLogprob
 from mmtool.engine.stepped import Run, SteppedEngine
 from mmtool.errors import MMToolError, TooLongError
-from mmtool.log import get_logger
+from mmtool.models.common.folders import read_json
+from mmtool.models.common.quantised import CONFIG_KEY
 from mmtool.utils import import_object
 from mmtool.vllm_plugin import architectures
 
 if TYPE_CHECKING:
     from mmtool.spec import ModelSpec
     from mmtool.template.base import MediaInput
-
-logger = get_logger(__name__)
 
 MOST_SEEN = 10_000  # media that are remembered to have been there before
 
@@ -211,6 +210,11 @@ def _start(spec: ModelSpec, folder: Path, settings: VllmSettings) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
+    if CONFIG_KEY in read_json(folder / "config.json"):
+        raise MMToolError(
+            f"{folder} has weights quantised by `mmtool export --quant_method`, which vLLM cannot read",
+            "Leave --infer_backend out, or give the folder that was exported.",
+        )
     own = [name for name in _OWN_ARGS if name in settings.more]
     if own:
         raise MMToolError(f"--vllm_args: {own[0]} is set by mmtool", "Leave it out.")

@@ -63,7 +63,11 @@ def _to_modelscope(folder: Path, given: PushArgs, message: str) -> str:
         visibility = "private" if given.hub_private_repo else "public"
         api.create_repo(given.hub_model_id, repo_type="model", visibility=visibility, exist_ok=True)
         api.upload_folder(
-            repo_id=given.hub_model_id, folder_path=str(folder), commit_message=message, ignore_patterns=PRIVATE
+            repo_id=given.hub_model_id,
+            folder_path=str(folder),
+            commit_message=message,
+            ignore_patterns=PRIVATE,
+            use_cache=False,
         )
     except (hub_error, OSError, ValueError) as error:
         raise _refused(given, "ModelScope", error, "MODELSCOPE_API_TOKEN") from error

@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -87,6 +88,13 @@ def hub() -> Iterator[Hub]:
                     elif entry["key"] == "lfsFile":
                         state.files[value["path"]] = state.large[value["oid"]]
                 self.reply({"commitOid": "1" * 40, "commitUrl": f"{state.address}/me/model/commit/1", "success": True})
+            elif self.path == "/api/v1/models":  # ModelScope
+                state.created.append(json.loads(data))
+                self.reply({"Code": 200, "Success": True, "Data": {"Id": 1, "Name": "model"}})
+            elif self.path == "/api/v1/repos/models/me/model/commit/master":
+                for action in json.loads(data)["actions"]:
+                    state.files[action["path"]] = base64.b64decode(action["content"])
+                self.reply({"Code": 200, "Success": True, "Data": {"Files": []}})
             elif self.path == "/api/validate-yaml":
                 self.reply({"errors": [], "warnings": []})
             else:
@@ -172,6 +180,18 @@ def test_a_refused_upload_keeps_what_was_exported(hub: Hub, tmp_path: Path) -> N
     assert done.returncode == 2
     assert "error: --hub_model_id me/model: Hugging Face did not take the upload" in done.stderr
     assert (tmp_path / "new" / "config.json").is_file()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("modelscope") is None, reason="modelscope is not installed")
+def test_an_adapter_is_uploaded_to_modelscope(hub: Hub, adapter: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = adapter(None, target_modules=r".*language_model.*q_proj", r=1)
+    (checkpoint / "adapter_model.safetensors").unlink()  # the server takes small files only
+    words = ["--model_type", "tiny", "--ckpt_dir", checkpoint, "--push_to_hub", "true", "--hub_model_id", "me/model"]
+    settings = {"MODELSCOPE_ENDPOINT": hub.address, "MODELSCOPE_CACHE": str(tmp_path / "cache")}
+    done = run(hub, *words, "--push_hub", "ms", "--hub_token", "ms-1", home=tmp_path / "home", **settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert hub.created[0]["Path"] == "me"
+    assert {"adapter_config.json", "README.md"} <= set(hub.files)
 
 
 def test_modelscope_without_its_package_is_refused_before_anything_is_written(

@@ -108,10 +108,10 @@ def test_drawing_is_repeatable_whatever_runs_beside_it(pair, engine, answers):
 
 def test_what_a_conversation_has_in_common_with_an_earlier_one_is_kept(pair, engine):
     long = "word " * 150
-    first = engine.answer(pair.request(["large.png", long]))
+    first = engine.answer(pair.request(["wide.png", long]))
     assert first.usage.cached_tokens == 0
     assert first.usage.image_features_computed == 1
-    second = engine.answer(pair.request(["large.png", long], "And now?"))
+    second = engine.answer(pair.request(["wide.png", long], "And now?"))
     assert second.usage.cached_tokens >= 128
     assert second.usage.image_features_computed == 0
 

@@ -99,7 +99,8 @@ def swift_command(job: Job, output: Path, venv: Path) -> list[str]:
         *(str(venv / "bin" / "swift"), "sft", "--model", job.model, "--model_type", "llava1_5_hf"),
         *("--dataset", job.rows, "--check_model", "false", "--torch_dtype", "float32", "--tuner_type", "lora"),
         *("--lora_rank", "8", "--lora_alpha", "16", "--lora_dropout", "0"),
-        *("--target_modules", *(LAYERS["qkv"].split() if job.workload.targets == "qkv" else ["all-linear"])),
+        # Names would also reach the layers of the tower that are called so.
+        *("--target_regex", rf".*language_model.*\.({LAYERS[job.workload.targets].replace(' ', '|')})"),
         *("--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--warmup_ratio", "0", "--weight_decay", "0"),
         *("--per_device_train_batch_size", str(job.batch_size), "--gradient_accumulation_steps", "1"),
         *("--num_train_epochs", str(job.workload.epochs), "--logging_steps", "1", "--save_strategy", "no"),

@@ -53,7 +53,7 @@ def _latent(config: FM9GConfig) -> GGUFLayout:
     used, attention_scaling = rotary.frequencies("cpu")
     steps = torch.arange(0, config.rotary_dim, 2, dtype=torch.float32) / config.rotary_dim
     plain = 1.0 / config.rope_parameters["rope_theta"] ** steps
-    # The latent norms have an eps of their own, llama.cpp one for all: with larger numbers, a larger eps means the same.
+    # The latent norms have an eps of their own, llama.cpp one for all: with larger numbers a larger eps means the same.
     latent = (config.rms_norm_eps / LATENT_NORM_EPS) ** 0.5
     residual = Change("scale", config.residual_factor * config.num_hidden_layers**0.5 / _DEPTH)
     numbers = decoder_numbers(config) | {
