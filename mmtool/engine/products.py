@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TURNED_ROWS = (8, 32)  # numbers of float32 rows for which the turned product is faster than the plain one
-
 
 class Product:
     """The products of one input with the weights of one or several linear layers; the weights stay the layers' own."""
@@ -70,20 +68,6 @@ class TurnedProduct(Product):
         return torch.add(states, self(x)[0], alpha=factor)
 
 
-class FloatProduct(TurnedProduct):
-    """Float32 on a CPU without a packed copy: turned where that is faster."""
-
-    def __call__(self, x: Tensor) -> list[Tensor]:
-        """See ``Product``."""
-        first, last = TURNED_ROWS
-        return super().__call__(x) if first <= len(x) <= last else Product.__call__(self, x)
-
-    def add(self, states: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
-        """See ``Product``."""
-        first, last = TURNED_ROWS
-        return super().add(states, x, factor) if first <= len(x) <= last else Product.add(self, states, x, factor)
-
-
 class PackedProduct(Product):
     """Float32 on a CPU with a copy of the weights in oneDNN's order, all layers in one; a single row takes the layers'.
 
@@ -129,7 +113,7 @@ def product_kind(weight: Tensor, pack: bool) -> type[Product]:
     if weight.dtype == torch.bfloat16:
         return TurnedProduct
     if weight.dtype == torch.float32:
-        return PackedProduct if pack and torch.backends.mkldnn.is_available() else FloatProduct
+        return PackedProduct if pack and torch.backends.mkldnn.is_available() else Product
     return Product
 
 

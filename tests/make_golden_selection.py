@@ -1,6 +1,6 @@
-"""Make the archives in this folder from the whole set of golden data.
+"""Make the archives in tests/golden from the whole set of golden data.
 
-    python tests/golden/make_selection.py ../shared/golden
+    python tests/make_golden_selection.py ../shared/golden
 
 Weights that no chosen case reads (rows of tables: other words, other places in a picture, a layer whose output is not
 used) are set to zero, so that they pack well; all others keep every bit, and the results of the chosen cases as well.
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mmtool.llm import get_model_tokenizer, get_template
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "golden"
 # Position of a byte in its float counts: so the exponents, which are alike, find each other.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 2, "lp": 2}]
 EPOCH = 1_577_836_800
