@@ -141,7 +141,8 @@ def export_model(args: ExportArgs, source: Source, folder: Path, max_bytes: int)
             table += quantiser.rows(release.nbytes, plan.nbytes if plan is not None else 0)
         table += written_rows(partial)
         with log.timed("verify"):
-            table += check(args, source, partial, stored, quantised=quantiser is not None)
+            one_format = dtype is not None or len(stored_dtypes(release)) == 1
+            table += check(args, source, partial, stored, quantised=quantiser is not None, one_format=one_format)
     return table
 
 
@@ -194,12 +195,20 @@ def whole_first(reason: NotStreamable) -> MMToolError:
     )
 
 
-def check(args: ExportArgs, source: Source, folder: Path, stored: torch.dtype, *, quantised: bool) -> Table:
-    """Compare what was written with its source."""
+def check(
+    args: ExportArgs,
+    source: Source,
+    folder: Path,
+    stored: torch.dtype,
+    *,
+    quantised: bool,
+    one_format: bool = False,
+) -> Table:
+    """Compare what was written with its source; ``one_format``: all weights are stored as ``stored``."""
     if not args.output.verify:
         return [("verified", "no (--verify false)")]
     if not quantised:
-        return [("verified", str(verify(source, folder, stored, args.model.device_map)))]
+        return [("verified", str(verify(source, folder, stored, args.model.device_map, one_format=one_format)))]
     rows = read_rows(args, source, ROWS)
     measured = []
     for title, place, adapters in (("before", source.folder, source.adapters), ("after", folder, ())):
@@ -260,8 +269,13 @@ def stored_dtype(release: Release, dtype: torch.dtype | None) -> torch.dtype:
     """Return the coarsest number format among the written weights."""
     if dtype is not None:
         return dtype
-    found = {item.tensor.stored_dtype for item in release.tensors if item.tensor.stored_dtype.is_floating_point}
+    found = stored_dtypes(release)
     return next(kind for kind in (torch.bfloat16, torch.float16, torch.float32, torch.float64) if kind in found)
+
+
+def stored_dtypes(release: Release) -> set[torch.dtype]:
+    """Return the number formats of a folder's weights."""
+    return {item.tensor.stored_dtype for item in release.tensors if item.tensor.stored_dtype.is_floating_point}
 
 
 def write_beside(args: ExportArgs, source: Source, folder: Path) -> None:

@@ -8,8 +8,9 @@ import io
 import math
 import os
 import wave
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import PIL.ImageDraw
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
@@ -36,6 +38,11 @@ logger = get_logger(__name__)
 # Sums in another order give about 1e-5; a weight rounded to 16 bits is off by up to 2**-11 (fp16) or 2**-8 (bf16) of
 # itself, which adds up over layers.
 BOUNDS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+# The same where the source was merged and rounded in memory, too: then only a weight that lies between two numbers of
+# the format, and falls to the other side, makes a difference.
+ROUNDED_BOUNDS = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 5e-3, torch.bfloat16: 0.03}
+# What was written must be nearer to the source than this share of what the adapters do to it.
+EFFECT_SHARE = 0.5
 KEPT = 128  # positions from the end whose logits are compared
 _QUESTIONS = (
     ("What is the capital of France, and how far is it from the sea?", "It is Paris, some 180 kilometres away."),
@@ -57,6 +64,7 @@ class Comparison:
         positions: how many positions were compared.
         effect: largest difference that the adapters make at all; None without adapters.
         dtype: what was computed in.
+        merged: largest difference to the source as peft merges it, rounded as it is stored; None where not compared.
     """
 
     difference: float
@@ -66,20 +74,28 @@ class Comparison:
     positions: int
     effect: float | None
     dtype: torch.dtype
+    merged: float | None = None
+    merged_bound: float = math.inf
 
     @property
     def passes(self) -> bool:
-        """Whether the difference stays within the bound."""
-        return math.isfinite(self.difference) and self.difference <= self.bound * self.spread
+        """Whether the differences stay within their bounds."""
+        apart = self.merged is not None and not self.merged <= self.merged_bound
+        return not apart and math.isfinite(self.difference) and self.difference <= self.bound * self.spread
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"largest logit difference {self.difference:.3g} (bound {self.bound * self.spread:.3g}), "
             f"top-1 agreement {100 * self.agreement:.2f} % of {self.positions} positions"
         )
+        if self.merged is not None:
+            text += f"; against peft's own merge {self.merged:.3g} (bound {self.merged_bound:.3g})"
+        return text
 
 
-def verify(source: Source, written: Path, stored: torch.dtype, device_map: Any = None) -> Comparison:
+def verify(
+    source: Source, written: Path, stored: torch.dtype, device_map: Any = None, *, one_format: bool = False
+) -> Comparison:
     """Compare a written folder with its source.
 
     Args:
@@ -87,14 +103,22 @@ def verify(source: Source, written: Path, stored: torch.dtype, device_map: Any =
         written: the folder.
         stored: how its weights are stored.
         device_map: where to compute.
+        one_format: all of them are; then a merge in memory can be rounded in the same way, and compared closely.
 
     Raises:
         MMToolError: where the difference is beyond the bound, or the prompts are tokenised in another way.
     """
     dtype = compute_dtype(source.folder, stored, device_map)
-    expected, without, ids = reference(source, dtype, device_map)
+    exact = one_format and dtype == torch.float32 and is_merged_by_peft(source.adapters)
+    expected, without, rounded, ids = reference(source, dtype, device_map, stored if exact else None)
     found = logits_of_folder(source, written, dtype, device_map, ids)
     comparison = compare(expected, found, without, BOUNDS[stored if dtype == torch.float32 else dtype], dtype)
+    if rounded is not None and without is not None:
+        merged, effect = _largest(rounded, found), _largest(rounded, without)
+        bound = min(ROUNDED_BOUNDS[stored] * comparison.spread, EFFECT_SHARE * effect)
+        # An adapter that does nothing leaves only what float32 sums differ by.
+        least = ROUNDED_BOUNDS[torch.float32] * comparison.spread
+        comparison = replace(comparison, merged=merged, merged_bound=max(bound, least))
     if not comparison.passes:
         raise MMToolError(
             f"what was written does not answer as its source does: {comparison}; nothing was kept",
@@ -115,18 +139,29 @@ def compare(
 ) -> Comparison:
     """Return how far two lists of logits ``(positions, vocabulary)`` are apart; ``without``: those without adapters."""
     joined = torch.cat(list(expected))
-    difference = max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True))
+    difference = _largest(expected, found)
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(expected, found, strict=True))
-    effect = None
-    if without is not None:
-        effect = max(float((a - b).abs().max()) for a, b in zip(expected, without, strict=True))
+    effect = None if without is None else _largest(expected, without)
     return Comparison(difference, float(joined.std()), bound, same / len(joined), len(joined), effect, dtype)
 
 
+def _largest(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    return max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+
+
+def is_merged_by_peft(adapters: Sequence[Adapter]) -> bool:
+    """Tell whether peft can merge what is merged: one adapter, at its full weight."""
+    return len(adapters) == 1 and adapters[0].weight == 1
+
+
 def reference(
-    source: Source, dtype: torch.dtype, device_map: Any
-) -> tuple[list[Tensor], list[Tensor] | None, list[list[int]]]:
-    """Return the logits of the source with its adapters, without them if it has any, and the ids of the prompts."""
+    source: Source, dtype: torch.dtype, device_map: Any, stored: torch.dtype | None
+) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None, list[list[int]]]:
+    """Return the logits of the source, and the ids of the prompts.
+
+    The logits are those with its adapters; those without, if it has any; and, with ``stored``, those after peft has
+    merged the adapter and every weight was rounded to that format.
+    """
     model, processor = load_model(
         source.spec,
         source.folder,
@@ -142,7 +177,28 @@ def reference(
         without = [logits(model, template, row) for row in rows]
         model = attach_adapters(model, source.adapters)
     found = [logits(model, template, row) for row in rows]
-    return found, without, [row["input_ids"] for row in rows]
+    rounded = None
+    if stored is not None and not changes_tied_weights(model):
+        merge_and_round(model, stored)
+        rounded = [logits(model, template, row) for row in rows]
+    return found, without, rounded, [row["input_ids"] for row in rows]
+
+
+def changes_tied_weights(model: nn.Module) -> bool:
+    """Tell whether an adapter changes one of two layers that share a weight: peft's merge would change both."""
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    layers = [module.get_base_layer() for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return any(uses[id(weight)] > 1 for layer in layers for weight in layer.parameters(recurse=False))
+
+
+@torch.no_grad()
+def merge_and_round(model: nn.Module, stored: torch.dtype) -> None:
+    """Let peft fold the adapter in ``model`` into its weights, and round all of them to ``stored``, in place."""
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.merge()
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(stored))
 
 
 def logits_of_folder(

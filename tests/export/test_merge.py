@@ -238,6 +238,19 @@ def test_nothing_is_left_where_the_answers_differ(
     assert left(tmp_path) == {"adapter", "other one"}
 
 
+def test_the_wrong_merge_of_a_weak_adapter_is_found_beside_the_rounding(
+    adapter: Callable[..., Path], export: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weak = {"target_modules": LLM, "r": 4, "lora_alpha": 1}
+    trained, other = adapter(None, **weak), adapter(None, name="other one", **weak)
+    attach = verify.attach_adapters
+    monkeypatch.setattr(verify, "attach_adapters", lambda model, adapters: attach(model, [Adapter(other)]))
+    monkeypatch.setattr(verify, "BOUNDS", dict.fromkeys(verify.BOUNDS, 1e9))  # of rounding alone
+    with pytest.raises(MMToolError, match="against peft's own merge"):
+        export("--model_type", "tiny", "--ckpt_dir", trained, "--merge_lora", "true")
+    assert left(tmp_path) == {"adapter", "other one"}
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_nothing_is_left_where_writing_fails(
     number: int, adapter: Callable[..., Path], export: Callable[..., None], tmp_path: Path, monkeypatch: Any
