@@ -678,11 +678,6 @@ class ExportArgs(CommandArgs):
         asked = [name for name, value in kinds.items() if value]
         if len(asked) > 1:
             raise MMToolError(f"--{asked[0]} and --{asked[1]} exclude each other", "Export twice.")
-        if not self.writes and not self.push.push_to_hub:
-            raise MMToolError(
-                "nothing to export was asked for",
-                "Add --merge_lora true, --to_safetensors true, --dtype bf16, --quant_method or --to_gguf true.",
-            )
         if self.quant.quant_method is None:
             for name in ("quant_group_size", "quant_parts", "quant_modules_to_not_convert", "dataset"):
                 if getattr(self.quant, name):

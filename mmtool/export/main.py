@@ -53,6 +53,11 @@ def export_main(args: ExportArgs) -> None:
 
     What can be wrong without reading the weights is found before anything is written.
     """
+    if not args.writes and not args.push.push_to_hub:
+        raise MMToolError(
+            "nothing to export was asked for",
+            "Add --merge_lora true, --to_safetensors true, --dtype bf16, --quant_method or --to_gguf true.",
+        )
     disable_progress_bar()  # of transformers, about weights; ours says what matters
     max_bytes = parse_size(args.output.max_shard_size)
     check_push(args.push, args.model.hub)
