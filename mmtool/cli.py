@@ -57,7 +57,7 @@ def _mmtool(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Chat with vision-language models about pictures; a small one comes with the package."""
+    """Chat with, fine-tune, export and serve multimodal models; a small one comes with the package."""
 
 
 @contextmanager

@@ -15,6 +15,9 @@ from typing import Any
 import pytest
 
 TESTS = Path(__file__).parent
+# One thread for all tests and the commands that they start, set before anything imports torch: the last bits of results
+# depend on the number of threads, some tests compare them between processes, and small models gain nothing from more.
+os.environ["OMP_NUM_THREADS"] = "1"
 # The first that has the family: asked for, the whole set next to the repository, the selection in the repository.
 PLACES = (os.environ.get("MMTOOL_GOLDEN"), TESTS.parents[1] / "shared" / "golden", TESTS / "golden")
 SELECTIONS: set[str] = set()  # folders that archives were unpacked to; they have a part of the cases

@@ -69,7 +69,7 @@ class KVSlots:
         before = self.num_slots, self.capacity
         try:
             self._resize(max(before[0], num_slots), max(before[1], capacity), used)
-        except BaseException:
+        except BaseException:  # Ctrl-C as well: it is raised again, but no layer may differ from the others
             try:
                 self._resize(*before, used)
             except BaseException:

@@ -247,7 +247,7 @@ def _start(spec: ModelSpec, folder: Path, settings: VllmSettings) -> Any:
         raise MMToolError(f"--vllm_args: {error}", "The names are those of vllm.EngineArgs.") from None
     try:
         return LLMEngine.from_engine_args(arguments)
-    except (ValueError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # how vLLM refuses a model, or a machine
         raise MMToolError(f"vLLM cannot run {folder}: {_said(error)}") from error
 
 

@@ -89,7 +89,7 @@ class DatasetRun:
         try:
             skip_answered(self._rows, self.results, self.dataset)
             self._next = next(self._rows, None)
-        except BaseException:
+        except BaseException:  # raised again; the file is open, and nobody else can close it yet
             self.results.close()
             raise
 

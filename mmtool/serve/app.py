@@ -144,7 +144,7 @@ async def _respond(
             if not body.stream:
                 return JSONResponse(await answer.whole())
             await answers.wait(HEADERS_AFTER)
-    except BaseException:
+    except BaseException:  # raised again; a cancelled task as well must give its place back
         answers.cancel()
         raise
     return EventStream(answer.events(body.include_usage, settings.ping_seconds), answers, settings.write_seconds)

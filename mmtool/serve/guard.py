@@ -105,7 +105,7 @@ class _Passage:
             self.guard.service.metrics.slow_readers += 1
         except ApiError as error:
             await self._answer(error)
-        except Exception:
+        except Exception:  # a bug: the log has it all, the client a 500, and the other requests go on
             logger.exception("the request %s failed", self.id)
             await self._answer(internal())
         finally:

@@ -92,11 +92,6 @@ def export() -> Callable[..., None]:
     return run
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``released("llama")`` is a folder with a tiny model of transformers, as its tests make them."""

@@ -127,7 +127,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "export" / "push.sh"
 def run(hub: Hub, *words: object, home: Path, script: bool = False, **more: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own: the hub's tools read their settings once."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "OMP_NUM_THREADS": "1", **more}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), **more}
     environment["HF_HUB_DISABLE_XET"] = "1"  # the server takes large files as Git LFS does
     environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     command = ["sh", str(SCRIPT)] if script else [sys.executable, "-m", "mmtool", "export"]

@@ -27,7 +27,7 @@ PICTURE = Path(__file__).parents[2] / "examples" / "pictures" / "shapes.png"
 
 
 def mmtool(*words: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(BESIDE), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(BESIDE)}
     command = [sys.executable, "-m", "mmtool", *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -3,20 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmtool.args import InferArgs, InferDataArgs, ModelArgs
 from mmtool.infer.main import load
 from mmtool.loader import get_template, load_processor, open_folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Let the tests run beside other work; a model as small as this one is no faster on more threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

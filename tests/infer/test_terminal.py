@@ -79,7 +79,7 @@ def chat(checkpoint, tmp_path):
 
     def start(*options, **env):
         words = [sys.executable, "-m", "mmtool", "infer", "--model_id_or_path", str(checkpoint), *options]
-        state = {"XDG_STATE_HOME": str(tmp_path / "state"), "OMP_NUM_THREADS": "1", "TERM": "xterm"}
+        state = {"XDG_STATE_HOME": str(tmp_path / "state"), "TERM": "xterm"}
         screens.append(Screen(words, os.environ | state | env))
         return screens[-1]
 

@@ -14,7 +14,6 @@ from typing import Any
 import httpx2
 import openai
 import pytest
-import torch
 
 from mmtool.args import PromptArgs
 from mmtool.engine.create import create_engine
@@ -84,7 +83,6 @@ class Running:
 
 @pytest.fixture(scope="session")
 def tiny() -> Tiny:
-    torch.set_num_threads(1)
     spec, folder = open_folder()
     media = SERVER_MEDIA
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -22,10 +21,7 @@ def client(monkeypatch) -> ModuleType:
 
 
 def run(script: str, *options: str) -> str:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, FOLDER / script, *options], capture_output=True, text=True, env=env, check=False
-    )
+    done = subprocess.run([sys.executable, FOLDER / script, *options], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -55,7 +55,7 @@ def ran(data_file: Path, golden: Callable[[str], Path], tmp_path_factory: pytest
     commands = {script: words for script, words in found.items() if words is not None}
     (folder / "commands.json").write_text(json.dumps(list(commands.values())))
     command = [sys.executable, str(Path(__file__).with_name("forked.py")), str(folder / "commands.json")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     codes = [int(line) for line in ran.stdout.split()]

@@ -1,7 +1,6 @@
 """The embedded model learns something it could not do, from a few hundred rows; `make test-learning` runs this."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "sft" / "new_shapes.py"
 def test_the_embedded_model_learns_new_shapes_and_keeps_the_old(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--folder", str(tmp_path)]
     # One thread for arithmetic and one process for pictures are what two cores do best with a model of this size.
-    ran = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     report = json.loads(ran.stdout.splitlines()[-1])
     print(report)

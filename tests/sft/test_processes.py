@@ -23,9 +23,7 @@ from mmtool.sft.places import with_saved_options
 from mmtool.sft.progress import read_log
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
-# Last bits depend on the number of threads: where they are compared, other processes have as many as this one.
-SAME_THREADS = ENVIRONMENT | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+ENVIRONMENT = os.environ | {"MASTER_ADDR": "127.0.0.1", "DS_ACCELERATOR": "cpu"}
 FULL = ["--sft_type", "full", "--learning_rate", "1e-4"]
 VISION = [*FULL, "--tune_vision_encoder", "true"]
 # Measured maxima of the differences of losses to one process: DDP 2e-6 (LoRA).
@@ -208,7 +206,7 @@ def killed(data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     scenarios = [[place, step, *killed_words(data_file, runs[place])] for place, step, _ in KILLS]
     (folder / "scenarios.json").write_text(json.dumps(scenarios))
     command = [sys.executable, str(SCRIPT.with_name("killed.py")), str(folder / "scenarios.json")]
-    ran = subprocess.run(command, env=SAME_THREADS, capture_output=True, text=True)
+    ran = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.stdout.split() == [str(int(signal.SIGKILL))] * len(KILLS), ran.stderr[-3000:]
     whole = folder / "whole"
     sft_main(read_args(SftArgs, killed_words(data_file, whole), "mmtool sft"))
@@ -244,7 +242,7 @@ def test_a_run_killed_at_any_time_goes_on_as_if_nothing_had_happened(
     listed += ["--dataset", str(data_file), "--dataset_test_ratio", "0", "--dataloader_num_workers", "1"]
     listed += ["--logging_steps", "1", "--output_dir", str(run), "--add_output_dir_suffix", "false"]
     command = [sys.executable, "-m", "mmtool", "sft", *listed]
-    child = subprocess.Popen(command, env=SAME_THREADS, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 900
     log = run / "logging.jsonl"
     while not (log.is_file() and len(read_log(log)) >= 4) and child.poll() is None and time.monotonic() < deadline:
@@ -255,7 +253,7 @@ def test_a_run_killed_at_any_time_goes_on_as_if_nothing_had_happened(
     for _, checkpoint in checkpoint_steps(run):
         assert {path.name for path in checkpoint.iterdir()} >= {"adapter_model.safetensors", "trainer_state.json"}
     resume = ["--resume_from_checkpoint", "last"]
-    ran = subprocess.run([*command, *resume], env=SAME_THREADS, capture_output=True, text=True)
+    ran = subprocess.run([*command, *resume], env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     sft_main(sft_args(**options, dataset=[str(data_file)], dataloader_num_workers=1))
     unbroken = tmp_path / "run"
