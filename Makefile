@@ -39,8 +39,9 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --quiet --constraint constraints.txt torch setuptools
 	@echo "installing mmtool and what it needs"
 	@DS_BUILD_OPS=0 $(PIP) install --quiet --constraint constraints.txt --editable '.[dev,serve,deepspeed,audio]'
-	@# In a folder of its own, since transformers loads torchao at every start where it finds it.
+	@# In folders of their own, since transformers and peft load these at every start where they find them.
 	@$(PIP) install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/quant torchao
+	@$(PIP) install --quiet --constraint constraints.txt --no-deps --upgrade --target $(VENV)/bnb bitsandbytes
 	@touch $@
 	@echo "ready: $(BIN)/mmtool --help"
 

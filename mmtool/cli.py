@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from mmtool import __version__, log
+from mmtool import __version__, log, other_names
 from mmtool.args import ExportArgs, InferArgs, ListArgs, ServeArgs, SftArgs
 from mmtool.errors import MMToolError
 from mmtool.options import HELP_NAMES, TRUE, command
@@ -30,8 +30,9 @@ class _Commands(TyperGroup):
             hint = did_you_mean(args[0], _TOP_OPTIONS[:3], "Options come after the command: mmtool infer --name value.")
             raise MMToolError(f"unknown option {args[0]}", hint)
         if args[0] not in self.commands:
-            hint = did_you_mean(args[0], self.commands, "`mmtool --help` lists the commands.")
-            raise MMToolError(f"unknown command {args[0]!r}", hint)
+            hint = other_names.COMMANDS.get(args[0].replace("_", "-"))
+            listed = "`mmtool --help` lists the commands."
+            raise MMToolError(f"unknown command {args[0]!r}", hint or did_you_mean(args[0], self.commands, listed))
         ctx.args = args
         return args
 

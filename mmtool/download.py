@@ -15,6 +15,7 @@ import requests
 import requests.adapters
 
 from mmtool.errors import MediaError
+from mmtool.utils import printable
 
 if TYPE_CHECKING:
     from urllib3.connectionpool import HTTPConnectionPool
@@ -164,7 +165,7 @@ class _Download:
     def _read(self, response: requests.Response) -> bytes:
         if response.status_code != 200:
             raise MediaError(
-                f"the server answered {response.status_code} {_printable(response.reason or '')}".rstrip(), _CHECK
+                f"the server answered {response.status_code} {printable(response.reason or '')}".rstrip(), _CHECK
             )
         announced = response.headers.get("Content-Length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
@@ -182,7 +183,7 @@ class _Download:
     def connect(self, host: str, port: int) -> socket.socket:
         """Look up ``host``, check its addresses, and connect to the first that answers."""
         host = host.strip("[]")
-        name = _printable(host)[:80]
+        name = printable(host)[:80]
         # Here and not where the URL is read: this is the host that the connection really goes to.
         if self.domains is not None and not is_listed(host, self.domains):
             raise MediaError(f"{name} is not one of the hosts that may be asked", "Send the file as a data URI.")
@@ -257,13 +258,9 @@ def _reason(error: BaseException | None) -> str:
             break
         error = inner[0]
     text = (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
-    return _printable(text)[:150]
+    return printable(text)[:150]
 
 
 def _an(scheme: str) -> str:
-    name = _printable(scheme)[:20]
+    name = printable(scheme)[:20]
     return f"an {name}" if name[:1] in tuple("aeiouh") and name else f"a {name or 'nameless'}"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)

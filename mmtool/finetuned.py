@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmtool.errors import CheckpointError
+from mmtool.log import get_logger
 from mmtool.models.common.folders import read_json
+
+logger = get_logger(__name__)
 
 SETTINGS = "sft_args.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -61,30 +64,47 @@ def is_of_adapter(name: str) -> bool:
     return _OF_ADAPTER.search(name) is not None
 
 
-def open_finetuned(ckpt_dir: str | Path) -> FineTuned:
+def open_finetuned(ckpt_dir: str | Path, option: str = "--ckpt_dir") -> FineTuned:
     """Return the checkpoint in a folder; of a run folder the best one, or else the last.
+
+    ``option`` is what named it.
 
     Raises:
         CheckpointError: where the folder is none of these.
     """
     folder = Path(ckpt_dir).expanduser()
     if not folder.is_dir():
-        raise CheckpointError(f"--ckpt_dir {ckpt_dir}: no such folder", "Give a checkpoint folder of `mmtool sft`.")
+        raise CheckpointError(f"{option} {ckpt_dir}: no such folder", "Give a checkpoint folder of `mmtool sft`.")
     steps = checkpoint_steps(folder)
     if steps:
-        folder = _chosen(folder) or steps[-1][1]
+        best = _chosen(folder)
+        folder = best or steps[-1][1]
+        logger.info("--ckpt_dir %s: taking %s, the %s one", ckpt_dir, folder.name, "best" if best else "last")
     is_adapter = (folder / ADAPTER_CONFIG).is_file()
     if not is_adapter and not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"--ckpt_dir {ckpt_dir}: {folder} has neither {ADAPTER_CONFIG} nor config.json",
-            "Give a checkpoint folder of `mmtool sft`.",
-        )
+        raise CheckpointError(f"--ckpt_dir {ckpt_dir}: {folder} has {_missing(folder)}", _hint(folder))
     options = read_json(folder / SETTINGS)["infer"] if (folder / SETTINGS).is_file() else {}
     if not is_adapter:
         options = {**options, "model_id_or_path": str(folder)}
     elif not options:  # of plain peft
         options = {"model_id_or_path": read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")}
     return FineTuned(folder, folder.parent, options, is_adapter)
+
+
+def _missing(folder: Path) -> str:
+    if _CHECKPOINT.fullmatch(folder.name) or not (folder / SETTINGS).is_file():
+        return f"neither {ADAPTER_CONFIG} nor config.json"
+    return "no checkpoint yet: its run ended before the first was saved"
+
+
+def _hint(folder: Path) -> str:
+    """Say which checkpoint may be meant by a folder that is none: one of its runs', or of their model types'."""
+    runs = {path.parent for depth in ("*", "*/*") for path in folder.glob(f"{depth}/checkpoint-*")}
+    newest = max(runs, key=lambda run: run.stat().st_mtime, default=None)
+    if newest is None or not checkpoint_steps(newest):
+        return "Give a checkpoint folder of `mmtool sft`."
+    few = "" if len(runs) == 1 else f", the newest of {len(runs)}"
+    return f"Give a run in it: --ckpt_dir {newest}{few}."
 
 
 def _chosen(run: Path) -> Path | None:
@@ -110,13 +130,14 @@ def wrap_adapter(model: Any, folder: Path) -> Any:
         CheckpointError: when the adapter does not fit the model.
     """
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+    from safetensors import SafetensorError
 
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
         adapted = PeftModel(model, config, autocast_adapter_dtype=False)
         result = set_peft_model_state_dict(adapted, load_peft_weights(str(folder), device="cpu"))
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
+    except (ValueError, RuntimeError, KeyError, OSError, SafetensorError) as error:
         raise CheckpointError(
             f"the adapter in {folder} does not fit the model: {str(error).splitlines()[0]}",
             "Give the base model it was trained on with --model_id_or_path.",

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.hub import resolve_folder
+from mmtool.models.common.bnb import finish_bnb, is_bnb, quiet
 from mmtool.models.common.folders import read_json
 from mmtool.models.common.quantised import CONFIG_KEY, finish_quantised
 from mmtool.registry import MODELS, detect_model_type, get_model_spec
@@ -158,13 +159,21 @@ def load_model(
         if attn_impl is not None:
             keywords["attn_implementation"] = attn_impl
         keywords |= model_kwargs or {}
+        stored = read_json(folder / "config.json")
+        if is_bnb(stored):
+            quiet()
         with _progress_bar(spec.embedded is None and sys.stderr.isatty()):
             try:
                 model = model_class.from_pretrained(folder, **keywords)
             except ImportError as error:  # flash attention, a quantisation library
-                raise MMToolError(f"{spec.model_type} cannot be loaded like this: {error}") from error
-        if CONFIG_KEY in read_json(folder / "config.json"):
+                raise MMToolError(
+                    f"{spec.model_type} cannot be loaded like this: {error}",
+                    "Install the package, or leave out the option that asks for it, such as --attn_impl.",
+                ) from error
+        if CONFIG_KEY in stored:
             finish_quantised(model)
+        elif is_bnb(stored):
+            finish_bnb(model)
         processor = processor or load_processor(spec, folder)
     _check_vocabulary(model, processor, folder)
     return model, processor

@@ -26,18 +26,22 @@ import numpy as np
 import PIL.Image
 
 from mmtool.errors import MediaError, MMToolError
-from mmtool.utils import import_object
+from mmtool.utils import import_object, printable
 
 # Decoders that need no other program (EPS would start Ghostscript) and read one file. The common ones are loaded with
 # PIL.Image; the others cost some 50 ms, so they are tried second.
 COMMON_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM")
 OTHER_FORMATS = ("WEBP", "TIFF", "ICO", "AVIF", "JPEG2000", "TGA")
 
+# Every scan of a JPEG goes over all pixels. Ten are usual; thousands, of a few bytes each, would decode for minutes.
+MAX_SCANS = 100
+
 # How the files begin that may be handed to the sound library, which knows many more kinds.
 _SOUND_BEGINNINGS = re.compile(
     rb"(?:RIFF|RF64|RIFX)....WAVE|fLaC|OggS|FORM....AIF[FC]|ID3|\xff[\xe2-\xe7\xf2-\xf7\xfa-\xff]", re.DOTALL
 )
 _SOUND_RATES = range(1000, 768_001)  # samples per second
+MAX_TAPS = 3_000_000  # of a filter between two rates without a common divisor, 24 MB; all usual ones are far below
 _SOUND_BLOCK = 1 << 20  # values decoded at a time, over all channels
 
 _SOUND_ENDINGS = (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".m4a", ".aac", ".wma")
@@ -61,6 +65,7 @@ class MediaLimits:
         max_bytes: most bytes of a file, download or data URI.
         max_pixels: most pixels, width times height, checked before decoding.
         max_seconds: longest sound.
+        max_samples: most samples of a sound, over all channels; a file of a megabyte may hold hundreds of millions.
         allow_local: files of this machine, by path or ``file://``. A server says no.
         allow_private: addresses that are not public: this machine, its network, link-local, multicast. A server says
             no; then the name is looked up once, every address is checked, and the connection goes to a checked one.
@@ -74,6 +79,7 @@ class MediaLimits:
     max_bytes: int = 50 * 1024 * 1024
     max_pixels: int = 50_000_000
     max_seconds: float = 600.0
+    max_samples: int = 60_000_000
     allow_local: bool = True
     allow_private: bool = True
     local_root: Path | None = None
@@ -122,7 +128,7 @@ def load_audio(
     if not _SOUND_BEGINNINGS.match(data):
         found = "not a sound in a format that can be read" if data else "it is empty"
         raise MediaError(f"cannot open {name}: {found}", _READABLE_SOUND)
-    samples, rate = _decoded_sound(data, name, limits)
+    samples, rate = _decoded_sound(data, name, limits, sampling_rate)
     return resample(samples, rate, sampling_rate).astype(np.float32)
 
 
@@ -154,8 +160,8 @@ def describe_source(source: Any) -> str:
         return f"({len(source)} bytes)"
     text = str(source)
     if text[:5].lower() == "data:":
-        return f"'{_printable(text[:40])}...' ({len(text)} characters)" if len(text) > 40 else f"'{_printable(text)}'"
-    return f"'{_printable(text)}'" if len(text) <= 160 else f"'{_printable(text[:100])}...{_printable(text[-40:])}'"
+        return f"'{printable(text[:40])}...' ({len(text)} characters)" if len(text) > 40 else f"'{printable(text)}'"
+    return f"'{printable(text)}'" if len(text) <= 160 else f"'{printable(text[:100])}...{printable(text[-40:])}'"
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------
@@ -272,14 +278,19 @@ def _open_header(data: bytes, name: str, limits: MediaLimits) -> PIL.Image.Image
             PIL.Image.init()
         known = [kind for kind in formats if kind in PIL.Image.OPEN or formats is COMMON_FORMATS]
         try:
-            return PIL.Image.open(io.BytesIO(data), formats=known)
+            image = PIL.Image.open(io.BytesIO(data), formats=known)
+            break
         except PIL.UnidentifiedImageError:
             continue
         except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-            _refuse_pixels("more", name, limits)
+            _refuse_pixels("too many", name, limits)
         except _DECODE_ERRORS as error:
             _refuse_broken(error, name)
-    raise MediaError(f"cannot open {name}: not a picture in a format that can be read", _READABLE)
+    else:
+        raise MediaError(f"cannot open {name}: not a picture in a format that can be read", _READABLE)
+    if image.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+        raise MediaError(f"cannot open {name}: more than {MAX_SCANS} scans", "Save it again as a usual JPEG.")
+    return image
 
 
 def _decoded(image: PIL.Image.Image, name: str, limits: MediaLimits) -> PIL.Image.Image:
@@ -291,7 +302,7 @@ def _decoded(image: PIL.Image.Image, name: str, limits: MediaLimits) -> PIL.Imag
     try:
         image.load()
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        _refuse_pixels("more", name, limits)
+        _refuse_pixels("too many", name, limits)
     except _DECODE_ERRORS as error:
         _refuse_broken(error, name)
     return image
@@ -305,7 +316,7 @@ def _refuse_pixels(found: str, name: str, limits: MediaLimits) -> NoReturn:
 
 
 def _refuse_broken(error: BaseException, name: str) -> NoReturn:
-    reason = _printable(str(error).strip() or type(error).__name__)
+    reason = printable(str(error).strip() or type(error).__name__)
     raise MediaError(f"cannot open {name}: broken picture ({_first_lower(reason)})", _READABLE) from None
 
 
@@ -323,30 +334,47 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
         return samples
     taps, step = _resampling_filter(rate, new_rate)  # (phases, length)
     phases, length = taps.shape
-    # The first sample is not repeated by the mirror at the beginning; the last one is by that at the end.
-    padded = np.pad(samples.astype(np.float64), ((length - 1) // 2, 0), mode="reflect" if len(samples) > 1 else "edge")
-    windows = np.lib.stride_tricks.sliding_window_view(np.pad(padded, (0, length), mode="symmetric"), length)
     result = np.empty(-(-len(samples) * phases // step))
     for start in range(0, len(result), 4096):
         places = np.arange(start, min(start + 4096, len(result))) * step
-        result[start : start + 4096] = np.einsum("nk,nk->n", windows[places // phases], taps[places % phases])
+        first, last = places[0] // phases, places[-1] // phases + length
+        windows = np.lib.stride_tricks.sliding_window_view(_mirrored(samples, first, last, length), length)
+        result[start : start + 4096] = np.einsum("nk,nk->n", windows[places // phases - first], taps[places % phases])
     return result
 
 
-@lru_cache(maxsize=8)
+def _mirrored(samples: np.ndarray, first: int, last: int, length: int) -> np.ndarray:
+    """Return a part of a sound as float64 that is mirrored beyond its ends for windows of ``length``.
+
+    The first sample is not repeated by the mirror at the beginning; the last one is by that at the end. Only the part
+    is made: ten minutes of sound would be gigabytes.
+    """
+    before = (length - 1) // 2
+    if len(samples) <= 2 * length:  # mirrors of mirrors
+        padded = np.pad(samples.astype(np.float64), (before, 0), mode="reflect" if len(samples) > 1 else "edge")
+        return np.pad(padded, (0, length), mode="symmetric")[first:last]
+    places = np.abs(np.arange(first - before, last - before))
+    return samples[np.where(places < len(samples), places, 2 * len(samples) - 1 - places)].astype(np.float64)
+
+
+@lru_cache(maxsize=4)
 def _resampling_filter(rate: int, new_rate: int) -> tuple[np.ndarray, int]:
     """Return the taps of every place between two samples, ``(phases, length)``, and how many phases an output is on."""
-    common = math.gcd(rate, new_rate)
-    phases, step = new_rate // common, rate // common
-    width = min(0.97 * new_rate / rate, 1.0)
-    length = 2 * math.ceil(math.ceil(32 / width) / 2)
+    phases, step, length, width = _filter_shape(rate, new_rate)
     distance = np.arange(length) - (length - 1) // 2 - np.arange(phases)[:, None] / phases
     window = np.i0(9.0 * np.sqrt(np.maximum(1 - (2 * distance / length) ** 2, 0)))
     taps = np.sinc(distance * width) * window
     return taps / taps.sum(axis=1, keepdims=True), step
 
 
-def _decoded_sound(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndarray, int]:
+def _filter_shape(rate: int, new_rate: int) -> tuple[int, int, int, float]:
+    """Return phases, the step in them from one sample of the result to the next, taps, and the width of the filter."""
+    common = math.gcd(rate, new_rate)
+    width = min(0.97 * new_rate / rate, 1.0)
+    return new_rate // common, rate // common, 2 * math.ceil(math.ceil(32 / width) / 2), width
+
+
+def _decoded_sound(data: bytes, name: str, limits: MediaLimits, new_rate: int) -> tuple[np.ndarray, int]:
     """Return the mean of the channels and the sampling rate; decoded block by block, up to the limit."""
     soundfile = _soundfile()
     blocks: list[np.ndarray] = []
@@ -358,19 +386,32 @@ def _decoded_sound(data: bytes, name: str, limits: MediaLimits) -> tuple[np.ndar
                     f"cannot open {name}: {rate} samples per second, not {_SOUND_RATES[0]} to {_SOUND_RATES[-1]}",
                     "Convert it to a usual rate, such as 16000.",
                 )
+            phases, _, length, _ = _filter_shape(rate, new_rate)
+            if rate != new_rate and phases * length > MAX_TAPS:
+                raise MediaError(
+                    f"cannot open {name}: {rate} samples per second is too unusual a rate",
+                    "Convert it to a usual one, such as 16000.",
+                )
             left = int(limits.max_seconds * rate)
+            values = limits.max_samples
             while True:
                 block = file.read(max(_SOUND_BLOCK // file.channels, 1), dtype="float32", always_2d=True)
                 left -= len(block)
+                values -= block.size
                 if left < 0:
                     raise MediaError(
                         f"cannot open {name}: longer than the limit of {limits.max_seconds:g} seconds", "Cut it first."
+                    )
+                if values < 0:
+                    raise MediaError(
+                        f"cannot open {name}: more than the limit of {limits.max_samples / 1e6:g} million samples",
+                        "Convert it to one channel and a usual rate, such as 16000.",
                     )
                 if not len(block):
                     break
                 blocks.append(block.mean(axis=1, dtype=np.float64).astype(np.float32))
     except (soundfile.SoundFileError, RuntimeError, ValueError, TypeError) as error:
-        reason = _printable(str(error).rpartition(": ")[2].strip() or type(error).__name__)
+        reason = printable(str(error).rpartition(": ")[2].strip() or type(error).__name__)
         raise MediaError(f"cannot open {name}: broken sound ({_first_lower(reason)})", _READABLE_SOUND) from None
     samples = np.concatenate(blocks) if blocks else np.zeros(0, np.float32)
     return np.nan_to_num(samples, nan=0.0, posinf=1.0, neginf=-1.0), rate
@@ -394,7 +435,3 @@ def _mebibytes(size: int) -> str:
 
 def _first_lower(text: str) -> str:
     return text[:1].lower() + text[1:]
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else " " for char in text)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from mmtool.errors import MMToolError
+from mmtool.utils import counted
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -209,11 +210,11 @@ def _read_message(item: Mapping[str, Any] | Message, place: str) -> Message:
         )
     role = item.get("role")
     if role not in ROLES:
-        found = "is missing" if role is None else f"unknown role {_shown(role)}"
+        found = "is missing" if role is None else f"unknown role {shown(role)}"
         raise MMToolError(f"{place}.role: {found}", f"Use {', '.join(ROLES)}.")
     train = item.get("loss", True)
     if train not in (True, False, None):
-        raise MMToolError(f"{place}.loss: expected true or false, got {_shown(train)}")
+        raise MMToolError(f"{place}.loss: expected true or false, got {shown(train)}")
     return Message(role, _read_content(item, place), train=True if train is None else bool(train))
 
 
@@ -238,7 +239,7 @@ def _read_part(part: Any, place: str) -> Part:
         raise MMToolError(f"{place}: expected an object with a type, got {_type_name(part)}")
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _PART_READERS:
-        found = "is missing" if kind is None else f"unknown type {_shown(kind)}"
+        found = "is missing" if kind is None else f"unknown type {shown(kind)}"
         raise MMToolError(f"{place}.type: {found}", f"Use {', '.join(_PART_READERS)}.")
     if part.get(kind) is None:
         raise MMToolError(f"{place}.{kind}: is missing", f"A part of type {kind} has its value under {kind!r}.")
@@ -327,7 +328,7 @@ def _read_history(history: Iterable[Sequence[str]] | None) -> list[tuple[str, st
         pair = tuple(item) if isinstance(item, list | tuple) else ()
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise MMToolError(
-                f"history[{index}]: expected [question, answer], two strings, got {_shown(item)}",
+                f"history[{index}]: expected [question, answer], two strings, got {shown(item)}",
                 "Pass on the history that inference() returned.",
             )
         rounds.append(pair)
@@ -353,7 +354,7 @@ def _place_per_round(rounds: list[tuple[str, str | None]], media: dict[str, list
     for name, entries in media.items():
         if len(entries) > len(rounds):
             raise MMToolError(
-                f"{name}: {len(entries)} entries for {_counted(len(rounds), 'round')} of questions",
+                f"{name}: {len(entries)} entries for {counted(len(rounds), 'round')} of questions",
                 "Give one entry per round, oldest first, and None for a round without.",
             )
         for index, entry in enumerate(entries):
@@ -397,10 +398,7 @@ def _type_name(value: Any) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value as an error quotes it, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

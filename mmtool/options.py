@@ -11,7 +11,7 @@ import re
 import shlex
 import types
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ import typer
 from typer.core import TyperCommand
 
 from mmtool.errors import MMToolError
+from mmtool.other_names import hint_for_option
 from mmtool.utils import did_you_mean
 
 ENV_PREFIX = "MMTOOL_"
@@ -36,7 +37,8 @@ def opt(default: Any, help: str, **more: Any) -> Any:
     Args:
         default: the value when it is set nowhere; a list or dict is copied.
         help: one sentence for ``--help`` and the docs.
-        more: ``metavar`` (what --help shows for the value), ``aliases`` (other names, not shown), ``positional``.
+        more: ``metavar`` (what --help shows for the value), ``aliases`` (other names, not shown), ``positional``,
+            ``same`` (other words for a choice, not shown).
     """
     metadata = {"help": help, **more}
     if isinstance(default, list | dict):
@@ -58,6 +60,7 @@ class Option:
     metavar: str
     aliases: tuple[str, ...] = ()
     positional: bool = False
+    same: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def repeated(self) -> bool:
@@ -74,6 +77,7 @@ class Option:
     def convert(self, value: Any, where: str) -> Any:
         """Return ``value`` (text, or what YAML made of it) in the type of the option; ``where`` names its source."""
         if not self.repeated:
+            value = self.same.get(value.lower(), value) if isinstance(value, str) else value
             return _convert(value, self.type, where, self.help)
         items = value if isinstance(value, list) else [value]
         return [_convert(item, get_args(self.type)[0], where, self.help) for item in items]
@@ -181,11 +185,17 @@ def _shown(value: Any) -> str:
 # Command line, environment, YAML --------------------------------------------------------------------------------------
 
 
-def read_tokens(options: Sequence[Option], tokens: Sequence[str], command: str) -> dict[str, Any]:
-    """Return the texts given on the command line by option name; a list of texts for repeated options."""
+def read_tokens(
+    options: Sequence[Option], tokens: Sequence[str], command: str, others: Mapping[str, type] | None = None
+) -> dict[str, Any]:
+    """Return the texts given on the command line by option name; a list of texts for repeated options.
+
+    ``others`` are the argument classes of other commands by name; an option of theirs is told so.
+    """
     by_name = {name: option for option in options for name in (option.name, *option.aliases) if not option.positional}
     places = deque(option for option in options if option.positional)
     queue, given, last, options_ended = deque(tokens), {}, None, False
+    unknown: dict[str, str] = {}  # all of them, so that a script of another tool is corrected in one go
     while queue:
         token = queue.popleft()
         if token == "--":
@@ -199,16 +209,43 @@ def read_tokens(options: Sequence[Option], tokens: Sequence[str], command: str) 
             given[places.popleft().name] = token
             continue
         word, equals, text = token.partition("=")
-        option = by_name.get(word[2:].replace("-", "_")) if word.startswith("--") else None
+        name = word[2:].replace("-", "_") if word.startswith("--") else ""
+        option = by_name.get(name)
+        switch = by_name.get(name.removeprefix("no_")) if option is None and not equals else None
+        if switch is not None and switch.type is bool:
+            given[switch.name], last = "false", switch
+            continue
         if option is None:
             otherwise = f"For a value that begins with a dash write --{last.name}={token}." if last else None
-            listed = otherwise or f"`{command} --help` lists the options."
-            raise MMToolError(f"unknown option {word}", did_you_mean(word, [f"--{name}" for name in by_name], listed))
+            unknown[word] = _hint_for(
+                word, by_name, others or {}, otherwise or f"`{command} --help` lists the options."
+            )
+            while queue and not _OPTION_TOKEN.fullmatch(queue[0]):
+                queue.popleft()
+            continue
         texts = [text] if equals else []
         texts += _values(option, queue, bool(texts), bool(places))
         given[option.name] = given.get(option.name, []) + texts if option.repeated else texts[0]
         last = option
+    if unknown:
+        word, hint = next(iter(unknown.items()))
+        if len(unknown) == 1:
+            raise MMToolError(f"unknown option {word}", hint)
+        hints = [f"{word}: {hint.rstrip('.')}" for word, hint in unknown.items()]
+        raise MMToolError(f"unknown options {', '.join(unknown)}", "; ".join(hints))
     return given
+
+
+def _hint_for(word: str, by_name: Iterable[str], others: Mapping[str, type], otherwise: str) -> str:
+    """Return what to do about an option (or YAML key, which has no dashes) that a command does not have."""
+    dashes, name = ("--" if word.startswith("-") else ""), word.lstrip("-").replace("-", "_")
+    elsewhere = hint_for_option(name)
+    if elsewhere:
+        return elsewhere
+    owners = [command for command, cls in others.items() if any(name == option.name for option in options_of(cls))]
+    if owners:
+        return f"It is an option of mmtool {' and '.join(owners)}."
+    return did_you_mean(word, [f"{dashes}{known}" for known in by_name], otherwise) or otherwise
 
 
 def _values(option: Option, queue: deque[str], attached: bool, places: bool) -> list[str]:
@@ -244,7 +281,7 @@ def read_environment(options: Sequence[Option]) -> dict[str, Any]:
     return values
 
 
-def read_config(options: Sequence[Option], path: Path) -> dict[str, Any]:
+def read_config(options: Sequence[Option], path: Path, others: Mapping[str, type] | None = None) -> dict[str, Any]:
     """Return the values of a YAML file whose keys are option names (either spelling), not nested by group."""
     by_name = {name: option for option in options for name in (option.name, *option.aliases) if not option.positional}
     groups = {option.group for option in options}
@@ -255,7 +292,7 @@ def read_config(options: Sequence[Option], path: Path) -> dict[str, Any]:
             otherwise = "Keys are option names without dashes; `--help` lists them."
             if name in groups:
                 otherwise = "Options are not nested in groups: move its keys to the top level."
-            near = did_you_mean(name, by_name, otherwise) if isinstance(key, str) else otherwise
+            near = _hint_for(name, by_name, others or {}, otherwise) if isinstance(key, str) else otherwise
             raise MMToolError(f"unknown key {str(key)!r} in {path}", near)
         option = by_name[name]
         where = f"key {key!r} in {path}"
@@ -287,14 +324,14 @@ def _load_yaml(path: Path) -> dict[Any, Any]:
 _CONFIG = Option("config", None, "Options", str, True, None, "YAML file with more options, `name: value`.", "FILE")
 
 
-def read_args(cls: type, tokens: Sequence[str], command: str) -> Any:
+def read_args(cls: type, tokens: Sequence[str], command: str, others: Mapping[str, type] | None = None) -> Any:
     """Return an instance of ``cls`` from tokens, environment, ``--config`` and defaults, the first one winning."""
     options = options_of(cls)
-    texts = read_tokens((_CONFIG, *options), tokens, command)
+    texts = read_tokens((_CONFIG, *options), tokens, command, others)
     environment = read_environment((_CONFIG, *options))
     config = texts.pop("config", None) or environment.pop("config", None)
     by_name = {option.name: option for option in options}
-    values = read_config(options, Path(config).expanduser()) if config else {}
+    values = read_config(options, Path(config).expanduser(), others) if config else {}
     values |= environment
     values |= {name: by_name[name].convert(text, _where(by_name[name])) for name, text in texts.items()}
     hints = get_type_hints(cls)
@@ -328,10 +365,14 @@ def command(app: typer.Typer) -> Callable[[Callable[[Any], None]], Callable[[Any
 
 def _command_class(cls: type, body: Callable[[Any], None]) -> type[TyperCommand]:
     class Command(TyperCommand):
+        args_class = cls
+
         def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
             if ctx.resilient_parsing or not set(HELP_NAMES["help_option_names"]).isdisjoint(args):
                 return super().parse_args(ctx, ["--help"])
-            ctx.obj = read_args(cls, args, ctx.command_path)
+            siblings = getattr(ctx.parent.command, "commands", {}) if ctx.parent else {}
+            others = {name: other.args_class for name, other in siblings.items() if other is not self}
+            ctx.obj = read_args(cls, args, ctx.command_path, others)
             return []
 
         def invoke(self, ctx: typer.Context) -> None:

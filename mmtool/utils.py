@@ -1,10 +1,11 @@
-"""Small things that many files need: seeds, class paths, near misses, names of number formats."""
+"""Small things that many files need: seeds, class paths, near misses, names of number formats, a free port."""
 
 from __future__ import annotations
 
 import difflib
 import gc
 import random
+import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -51,6 +52,18 @@ def did_you_mean(word: str, choices: Iterable[str], otherwise: str | None = None
     return f"Did you mean {near}?" if near else otherwise
 
 
+def counted(number: int, noun: str) -> str:
+    """Return ``1 row``, ``2 rows``, ``2 entries``."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with blanks in place of what a terminal would act on."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 @contextmanager
 def collection_paused(freeze: bool = False) -> Iterator[None]:
     """Do not look for garbage cycles in the block; may be nested.
@@ -70,6 +83,13 @@ def collection_paused(freeze: bool = False) -> Iterator[None]:
             gc.freeze()
         if enabled:
             gc.enable()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> int:

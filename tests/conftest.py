@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ TESTS = Path(__file__).parent
 # One thread for all tests and the commands that they start, set before anything imports torch: the last bits of results
 # depend on the number of threads, some tests compare them between processes, and small models gain nothing from more.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A shell starts what runs in the background with Ctrl-C ignored, and commands that tests interrupt would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # The first that has the family: asked for, the whole set next to the repository, the selection in the repository.
 PLACES = (os.environ.get("MMTOOL_GOLDEN"), TESTS.parents[1] / "shared" / "golden", TESTS / "golden")
 SELECTIONS: set[str] = set()  # folders that archives were unpacked to; they have a part of the cases
@@ -87,6 +90,19 @@ def fresh_logger() -> Iterator[None]:
 def golden() -> Callable[[str], Path]:
     """``golden(family)`` is ``golden_dir(family)``, for files that cannot import this one."""
     return golden_dir
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Callable[[Path, str], Path]:
+    """``copy_of(folder, "release")`` is a copy in ``tmp_path`` that a test may change, by that name."""
+
+    def make(folder: Path, name: str) -> Path:
+        copy = shutil.copytree(folder, tmp_path / name, copy_function=shutil.copyfile)
+        for path in [copy, *copy.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        return copy
+
+    return make
 
 
 @pytest.fixture(scope="session")

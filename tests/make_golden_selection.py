@@ -1,6 +1,6 @@
 """Make the archives in tests/golden from the whole set of golden data.
 
-    python tests/make_golden_selection.py ../shared/golden
+    python tests/make_golden_selection.py FOLDER
 
 Weights that no chosen case reads (rows of tables: other words, other places in a picture, a layer whose output is not
 used) are set to zero, so that they pack well; all others keep every bit, and the results of the chosen cases as well.

@@ -13,9 +13,10 @@ PACKAGE = Path(mmtool.__file__).parent
 
 # Imports only go up this list; files of one folder may import each other.
 LAYERS = [
-    *("errors", "log", "utils", "spec", "options", "args", "messages", "download", "media", "template", "models"),
-    *("registry", "hub", "loader", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve", "sft"),
-    *("export", "llm", "listing", "cli"),
+    *("errors", "log", "utils", "spec", "other_names", "options", "groups", "args", "messages", "download", "media"),
+    "template",
+    *("models", "registry", "hub", "loader", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve"),
+    *("sft", "export", "llm", "listing", "cli"),
 ]
 
 HEAVY = {"torch", "transformers", "numpy", "PIL", "peft", "accelerate", "safetensors", "sentencepiece", "requests"}
@@ -42,11 +43,12 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
     "template.show": {"rich": "only for those who look"},
     "infer.answer": {"rich": "only with --show_prompt"},
     "infer.progress": {"rich": "only for a dataset on a terminal"},
+    "models.common.bnb": {"bitsandbytes": "optional package"},
     "models.common.quantised": {"torchao": "optional package"},
     "models.common.folders": {"huggingface_hub": "only for an id"},
     "engine.vllm": {"vllm": "optional package"},
     "vllm_plugin": {"vllm": "its own call"},
-    "finetuned": {"peft": "only for an adapter"},
+    "finetuned": {"peft": "only for an adapter", "safetensors": "only for an adapter"},
     "sft.launch": {
         "mmtool": "a process that only starts others needs no torch",
         "torch": "only where processes are started",
@@ -62,8 +64,8 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
     "export.libraries": {
         "compressed_tensors": "part of llmcompressor",
         "llmcompressor": "optional package",
-        "loguru": "part of it",
     },
+    "export.awq": {"llmcompressor": "optional package"},
     "export.progress": {"rich": "only on a terminal"},
     "export.push": {
         "huggingface_hub": "only for an upload",
@@ -82,7 +84,7 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
 
 
 # Modules that are loaded by an optional package, or where it is there: they may import it at their top.
-SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "llguidance"}  # of the extra `serve`
+SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "httptools", "llguidance"}  # of the extra `serve`
 PLUGINS: dict[str, set[str]] = {"engine.vllm_models": {"vllm"}, "engine.vllm_logits": {"vllm"}}
 
 

@@ -1,7 +1,6 @@
 """Which model a folder holds, and how it is put into memory."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,9 @@ SPEC = get_model_spec("yi-vl-6b-chat")
 
 
 @pytest.fixture
-def folder(golden: Callable[[str], Path], tmp_path: Path) -> Path:
+def folder(golden: Callable[[str], Path], copy_of: Callable[[Path, str], Path]) -> Path:
     """A copy of the golden Yi-VL checkpoint that a test may change."""
-    copy = shutil.copytree(golden("yi-vl") / "checkpoint", tmp_path / "model", copy_function=shutil.copyfile)
-    for path in [copy, *copy.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return copy
+    return copy_of(golden("yi-vl") / "checkpoint", "model")
 
 
 def change_config(folder: Path, **changes: object) -> None:

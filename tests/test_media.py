@@ -171,6 +171,14 @@ def test_too_many_pixels_are_refused_before_decoding(size: tuple[int, int]) -> N
     assert time.perf_counter() - start < 0.5
 
 
+def test_a_jpeg_of_thousands_of_scans_is_not_decoded() -> None:
+    data = encoded("JPEG", progressive=True)
+    first = data.index(b"\xff\xda")
+    scans = data[first:-2]
+    assert load_image(data).size == load_image(data[:first] + scans * 5 + data[-2:]).size == (24, 16)
+    assert "more than 100 scans" in failure(data[:first] + scans * 20 + data[-2:]).message
+
+
 def test_limits_hold_for_every_kind_of_source(tmp_path: Path) -> None:
     data = encoded()
     path = tmp_path / "x.png"

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -170,6 +171,29 @@ def test_limits_hold(tmp_path: Path) -> None:
     compressed = encoded(np.zeros(40 * RATE), kind="FLAC")
     assert len(compressed) < 30_000
     assert "longer than the limit" in failure(compressed, MediaLimits(max_seconds=30)).message
+
+
+def test_samples_are_limited_over_all_channels_whatever_the_rate() -> None:
+    data = encoded(np.zeros((5000, 4)), 192_000, "FLAC")
+    assert "more than the limit of 0.019 million samples" in failure(data, MediaLimits(max_samples=19_000)).message
+    assert len(load_audio(data, MediaLimits(max_samples=20_000))) == 417
+
+
+def test_the_memory_for_another_rate_does_not_grow_with_the_sound() -> None:
+    long = np.ones(1_000_000, np.float32)
+    resample(long[:20_000], 44_100, RATE)  # makes the filter
+    tracemalloc.start()
+    try:
+        result = resample(long, 44_100, RATE)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak - result.nbytes < 12e6, "copies of the whole as float64 would take 22 MB"
+
+
+@pytest.mark.parametrize("rate", [192_001, 767_999])
+def test_a_rate_whose_filter_would_be_huge_is_refused(rate: int) -> None:
+    assert "too unusual a rate" in failure(encoded(np.zeros(10), rate)).message
 
 
 @pytest.mark.parametrize("rate", [1, 999, 800_000])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -9,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmtool.args import COMMANDS, InferArgs, ListArgs
+from mmtool import other_names
+from mmtool.args import COMMANDS, ExportArgs, InferArgs, ListArgs, SftArgs
 from mmtool.errors import MMToolError
 from mmtool.options import markdown_table, opt, options_of, read_args
 
@@ -113,10 +115,48 @@ def test_json_options_become_dicts() -> None:
     assert read("--device_map", "cuda:0").model.device_map == "cuda:0"
 
 
-def test_names_of_other_tools_are_accepted() -> None:
-    args = read("--torch_dtype", "fp16", "--model", "some/folder")
+@pytest.mark.parametrize("dtype", ["fp16", "float16", "Float16"])
+def test_names_of_other_tools_are_accepted(dtype: str) -> None:
+    args = read("--torch_dtype", dtype, "--model", "some/folder")
     assert (args.model.dtype, args.model.model_id_or_path) == ("fp16", "some/folder")
     assert {"dtype", "model_id_or_path"} == args.explicit
+
+
+@pytest.mark.parametrize("token", ["--no-stream", "--no_stream"])
+def test_a_flag_is_turned_off_by_no(token: str) -> None:
+    args = read(token, "--query", "x")
+    assert (args.generation.stream, args.input.query) == (False, "x")
+    assert failure("--no-query")[0] == "unknown option --no-query"
+    assert failure("--no-stream=true")[0] == "unknown option --no-stream"
+
+
+def test_what_other_tools_mean_by_minus_one_is_understood() -> None:
+    args = read_args(SftArgs, ["--max_length", "-1", "--save_total_limit", "-1"], "mmtool sft")
+    assert (args.template.max_length, args.run.save_total_limit) == (None, 0)
+
+
+def test_options_of_other_tools_say_what_to_do_instead() -> None:
+    tokens = ["--tuner_backend", "peft", "--use_flash_attn", "true", "--query", "x", "--hqq_axis=1", "--learning_rate"]
+    with pytest.raises(MMToolError) as caught:
+        read_args(InferArgs, tokens, "mmtool infer", {"sft": SftArgs, "export": ExportArgs})
+    assert caught.value.message == "unknown options --tuner_backend, --use_flash_attn, --hqq_axis, --learning_rate"
+    assert "--use_flash_attn: Use --attn_impl flash_attention_2; " in caught.value.hint
+    assert caught.value.hint.endswith("--learning_rate: It is an option of mmtool sft")
+
+
+def test_a_hint_about_another_tool_is_about_no_option_of_ours_and_names_only_ours() -> None:
+    named = {
+        command: {name for o in options_of(cls) for name in (o.name, *o.aliases)} for command, cls in COMMANDS.items()
+    }
+    everywhere = set().union(*named.values())
+    for name, hint in other_names.OPTIONS.items():
+        # these are hints of the commands that do not have them
+        assert name not in everywhere or name in ("dataset_seed", "dataset_test_ratio", "max_pixels"), name
+        assert set(re.findall(r"--(\w+)", hint)) <= everywhere, hint
+    for command, hint in other_names.COMMANDS.items():
+        (ours,) = re.findall(r"mmtool (\w+)", hint)
+        assert command not in COMMANDS and ours in COMMANDS
+        assert set(re.findall(r"--(\w+)", hint)) <= named[ours], hint
 
 
 @pytest.mark.parametrize(

@@ -70,9 +70,9 @@ def measure(path: Path, check: str) -> None:
     """Load the file as training does and print what it took, as JSON."""
     import numpy as np
 
-    from mmtool.args import SftDataArgs
     from mmtool.data.sampling import Permutation
     from mmtool.data.train import load_training_data
+    from mmtool.groups.sft import SftDataArgs
     from mmtool.loader import get_template, load_processor, open_folder
 
     spec, folder = open_folder("tiny")

@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from mmtool.args import SftDataArgs
 from mmtool.cli import main as mmtool
 from mmtool.data.train import load_training_data
 from mmtool.finetuned import attach_adapter, open_finetuned
+from mmtool.groups.sft import SftDataArgs
 from mmtool.loader import get_template, load_model, open_folder
 from mmtool.sft.batches import Collator
 from mmtool.sft.learner import Learner

@@ -975,7 +975,7 @@ def about_it(rng: random.Random, scene: Scene, lang: str, it: Thing) -> Turn | N
 Maker = Callable[[random.Random, Scene, str], Turn | None]
 MAKERS: dict[str, tuple[tuple[Maker, float], ...]] = {
     "shapes": (
-        (describe, 4.5),
+        (describe, 14),
         (count_all, 3.5),
         (count_some, 3),
         (colour_of, 4),

@@ -33,7 +33,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--run", type=Path, default=HERE / "runs" / "default", help="folder for the log and the resumable state"
     )
-    parser.add_argument("--steps", type=int, default=7000, help="steps of all together")
+    parser.add_argument("--steps", type=int, default=11250, help="steps of all together")
     parser.add_argument("--stop", type=int, default=0, help="stop after this step, to be resumed later (0: at the end)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")

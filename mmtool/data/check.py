@@ -22,12 +22,13 @@ from mmtool.data.dataset import Row, check_purpose
 from mmtool.data.formats import FormatCheck, rename_columns, row_to_messages
 from mmtool.data.index import IndexedFile, RecordReader
 from mmtool.data.media_cache import UrlCache
-from mmtool.data.records import Conversation, count
+from mmtool.data.records import Conversation
 from mmtool.errors import DataError, MMToolError, TooLongError
 from mmtool.log import get_logger
 from mmtool.media import load_image
 from mmtool.messages import Image, Message, Text
 from mmtool.template.base import IGNORED_LABEL, MediaInput, Segment, Template
+from mmtool.utils import counted
 
 _CHUNK = 32  # rows that a process gets at a time
 _AHEAD = 4  # chunks that wait for each process
@@ -52,6 +53,18 @@ class TrainFile:
     constants: Mapping[str, Any]
     media_root: str | None
     media_style: str
+
+    def row(self, reader: RecordReader, start: int, length: int, number: int) -> Row:
+        """Read the row that lies there; ``number`` is its own, for errors.
+
+        Raises:
+            DataError: where it cannot be read.
+        """
+        file = self.file
+        row = file.parse(reader.read(file.stored, start, length, (file.size, file.modified)), number)
+        if isinstance(row, DataError):
+            raise row
+        return self.fields(row)
 
     def fields(self, row: Row) -> Row:
         """Return a row with its columns renamed and the missing constant ones added.
@@ -244,9 +257,7 @@ class RowChecker:
         train_file = self.files[task.file]
         try:
             if row is None:
-                file = train_file.file
-                record = self.reader.read(file.stored, task.start, task.length, (file.size, file.modified))
-                row = train_file.fields(file.parse(record, task.number))  # type: ignore[arg-type]  # it was read before
+                row = train_file.row(self.reader, task.start, task.length, task.number)
             return self.measure(train_file.conversation(row, task.format))
         except TooLongError as error:
             return Bad(error.message, error.hint, too_long=True)
@@ -449,7 +460,7 @@ class CheckReport:
             return self.dropped_lines()
         lines = [f"tokens per row: {self.tokens}; learned: {self.learned}"]
         for kind, spread in self.positions.items():
-            lines.append(f"{kind} positions per row that has any: {spread}; {count(self.media[kind], kind)}")
+            lines.append(f"{kind} positions per row that has any: {spread}; {counted(self.media[kind], kind)}")
         return [*lines, *self.dropped_lines()]
 
     def dropped_lines(self) -> list[str]:
@@ -457,7 +468,7 @@ class CheckReport:
         dropped = self.bad + self.too_long
         if not dropped:
             return []
-        lines = [f"left out: {count(dropped, 'row')} of {self.seen} ({dropped / self.seen:.1%})"]
+        lines = [f"left out: {counted(dropped, 'row')} of {self.seen} ({dropped / self.seen:.1%})"]
         ordered = sorted(self.reasons.items(), key=lambda item: -item[1]["rows"])
         for reason, entry in ordered[:_REASONS_TOLD]:
             examples = entry["examples"]
@@ -467,5 +478,5 @@ class CheckReport:
             lines.append(f"  {entry['rows']} x {shown}: {', '.join(example['row'] for example in examples)}{more}")
         if len(ordered) > _REASONS_TOLD:
             rest = sum(entry["rows"] for _, entry in ordered[_REASONS_TOLD:])
-            lines.append(f"  {rest} x {count(len(ordered) - _REASONS_TOLD, 'other reason')}")
+            lines.append(f"  {rest} x {counted(len(ordered) - _REASONS_TOLD, 'other reason')}")
         return lines

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, TypeAlias
 
 from mmtool.data.formats import FormatCheck, rename_columns, row_to_messages
-from mmtool.data.records import Conversation, count
+from mmtool.data.records import Conversation
 from mmtool.errors import DataError, MMToolError
 from mmtool.log import get_logger
+from mmtool.utils import counted
 
 Row: TypeAlias = dict[str, Any]
 
@@ -394,7 +395,7 @@ def csv_row(source: Source, number: int, cells: list[str] | DataError, header: l
     if isinstance(cells, DataError):
         return cells
     if len(cells) != len(header):
-        return source.error(number, f"has {count(len(cells), 'cell')}, the header has {len(header)}")
+        return source.error(number, f"has {counted(len(cells), 'cell')}, the header has {len(header)}")
     return {key: cell or None for key, cell in zip(header, cells, strict=True)}
 
 

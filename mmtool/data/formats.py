@@ -23,7 +23,6 @@ from mmtool.data.records import (
     as_text,
     check_order,
     check_supported,
-    count,
     join_parts,
     parse_list,
     place_media,
@@ -31,7 +30,7 @@ from mmtool.data.records import (
 from mmtool.data.references import MediaFolders, is_absent, is_reference
 from mmtool.errors import DataError, MMToolError
 from mmtool.messages import Audio, Image, Message, Text, split_inline_media, to_messages
-from mmtool.utils import did_you_mean
+from mmtool.utils import counted, did_you_mean
 
 _INLINE_TAG = re.compile(r"<(img|audio|video)>(.+?)</\1>")
 _LLAVA_TAG = re.compile(r"<image>|<image_placeholder>")
@@ -322,8 +321,8 @@ def _read_xcomposer(record: Record) -> list[Message]:
         return _put_first(turns, images[0])
     if num_tags != len(images):
         raise DataError(
-            f"{column.key if column else 'image'}: {count(num_tags, f'{_XCOMPOSER_TAG} tag')} in the text for "
-            f"{count(len(images), 'image')}",
+            f"{column.key if column else 'image'}: {counted(num_tags, f'{_XCOMPOSER_TAG} tag')} in the text for "
+            f"{counted(len(images), 'image')}",
             f"Write {_XCOMPOSER_TAG} once for each image.",
         )
     messages = []
@@ -423,7 +422,7 @@ def _read_llava(record: Record) -> list[Message]:
     tagged = [turn for turn in turns if _LLAVA_TAG.search(turn.text)]
     if len(images) > 1 or len(tagged) > len(images):
         raise DataError(
-            f"{column.key}: {count(len(images), 'image')} and tags in {count(len(tagged), 'turn')}",
+            f"{column.key}: {counted(len(images), 'image')} and tags in {counted(len(tagged), 'turn')}",
             "This format has one image per sample, and its tag in one turn at most.",
         )
     if images and not tagged:

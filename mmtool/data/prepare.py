@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
@@ -30,7 +31,6 @@ from mmtool.data.dataset import SUFFIXES, Row
 from mmtool.data.formats import FormatCheck
 from mmtool.data.index import IndexedFile, entries, index_file
 from mmtool.data.media_cache import cache_folder
-from mmtool.data.records import count
 from mmtool.data.registry import DATASETS, DEFAULT_DATASET, read_dataset_info
 from mmtool.data.sampling import Permutation, seed_of
 from mmtool.data.sources import DataSource, find_sources
@@ -38,12 +38,14 @@ from mmtool.data.table import ROW, SPLITS, RowTable
 from mmtool.errors import DataError, MMToolError
 from mmtool.log import get_logger
 from mmtool.spec import ModelSpec
+from mmtool.utils import counted
 
 if TYPE_CHECKING:
-    from mmtool.args import SftDataArgs
+    from mmtool.groups.sft import SftDataArgs
 
 RESULT, DROPPED = "data.json", "dropped.jsonl"
 _VERSION = 1  # of the files in the folder
+_MOST_FILES = 1 << 16  # a row notes the number of its file in 16 bits
 _SKIPPED, _TRAIN, _EVAL = -1, 0, 1
 
 logger = get_logger(__name__)
@@ -192,8 +194,8 @@ class Preparation:
         first = len(self.files)
         for path in source.files:
             number = len(self.files)
-            if number > 0xFFFF:
-                raise MMToolError(f"--{option}: more than {0xFFFF} data files", "Join some of them.")
+            if number >= _MOST_FILES:
+                raise MMToolError(f"--{option}: more than {_MOST_FILES} data files", "Join some of them.")
             file, index = self._index(path, number)
             train_file = TrainFile(
                 file,
@@ -345,11 +347,11 @@ class Preparation:
         checked = self.options.check_dataset != "off"
         sizes = {name: (self.work / f"{name}.rows").stat().st_size // ROW.size for name in SPLITS}
         sets = ", ".join(f"{plan.source.name} ({plan.chosen} of {plan.total})" for plan in plans)
-        lines = [f"data: {count(sizes['train'], 'row')} to train on, {sizes['eval']} to evaluate on; from {sets}"]
+        lines = [f"data: {counted(sizes['train'], 'row')} to train on, {sizes['eval']} to evaluate on; from {sets}"]
         lines += report.lines() if checked else ["the rows were not checked (--check_dataset off)"]
         self._raise_where_bad(report, sizes)
         for line in lines:
-            logger.log(30 if line.startswith(("left out", "  ")) else 20, "%s", line)
+            logger.log(logging.WARNING if line.startswith(("left out", "  ")) else logging.INFO, "%s", line)
         if report.reasons and not self.temporary:
             logger.warning("all of them: %s", self.folder / DROPPED)
         summary = {"train_rows": sizes["train"], "eval_rows": sizes["eval"], "check": self.options.check_dataset}
@@ -384,13 +386,13 @@ class Preparation:
                 logger.warning("%s", line)
         if report.bad and strict:
             place, bad = report.first_bad[0]
-            more = f" (and {count(report.bad - 1, 'more row')})" if report.bad > 1 else ""
+            more = f" (and {counted(report.bad - 1, 'more row')})" if report.bad > 1 else ""
             hint = (bad.hint or "Correct it").rstrip(".") + ", or leave such rows out with --check_dataset warn."
             raise DataError(f"{place}: {bad.reason}{more}", hint + where)
         if fatal:
             entry = report.reasons["longer than --max_length"]
             example = entry["examples"][0]
-            more = f" (and {count(entry['rows'] - 1, 'more row')})" if entry["rows"] > 1 else ""
+            more = f" (and {counted(entry['rows'] - 1, 'more row')})" if entry["rows"] > 1 else ""
             raise DataError(
                 f"{example['row']}: {example['reason']}{more}",
                 f"Raise --max_length, or pass --truncation_strategy delete.{where}",

@@ -14,7 +14,8 @@ from typing import Any, TypeAlias
 
 from mmtool.data.references import MediaFolders, is_absent, is_reference
 from mmtool.errors import DataError
-from mmtool.messages import Audio, Image, Message, Part, Text
+from mmtool.messages import Audio, Image, Message, Part, Text, shown
+from mmtool.utils import counted
 
 QUERY_KEYS = ("query", "prompt", "input", "instruction", "question", "problem")
 RESPONSE_KEYS = (
@@ -175,7 +176,7 @@ class Record:
         for index, pair in enumerate(as_list(value, key) if value not in (None, "") else ()):
             place = f"{key}[{index}]"
             if not isinstance(pair, list | tuple) or len(pair) != 2:
-                raise DataError(f"{place}: expected [query, response], got {_shown(pair)}")
+                raise DataError(f"{place}: expected [query, response], got {shown(pair)}")
             rounds.append((as_text(pair[0], f"{place}[0]"), as_text(pair[1], f"{place}[1]")))
         return rounds
 
@@ -319,7 +320,7 @@ def _match_tags(
         missing = len(entries) - num_tags
         if missing < 0 or (missing and not prepend):
             raise DataError(
-                f"{column.key}: {count(num_tags, f'{tag} tag')} in the text for {count(len(entries), 'entry')}",
+                f"{column.key}: {counted(num_tags, f'{tag} tag')} in the text for {counted(len(entries), 'entry')}",
                 f"Write {tag} where each entry belongs.",
             )
         front += entries[:missing]  # as if their tags stood in front of the text: they take the first entries
@@ -369,7 +370,7 @@ def as_text(value: Any, place: str) -> str:
         return value
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    raise DataError(f"{place}: expected text, got {_shown(value)}")
+    raise DataError(f"{place}: expected text, got {shown(value)}")
 
 
 def as_list(value: Any, place: str) -> list[Any]:
@@ -380,7 +381,7 @@ def as_list(value: Any, place: str) -> list[Any]:
     """
     found = parse_list(value) if isinstance(value, str) else value
     if not isinstance(found, list | tuple):
-        raise DataError(f"{place}: is missing" if value is None else f"{place}: expected a list, got {_shown(value)}")
+        raise DataError(f"{place}: is missing" if value is None else f"{place}: expected a list, got {shown(value)}")
     return list(found)
 
 
@@ -410,20 +411,9 @@ def as_entries(value: Any, place: str) -> tuple[list[tuple[str, Any]], bool]:
     return ([] if is_absent(value) else [(place, value)]), True
 
 
-def count(number: int, noun: str) -> str:
-    """Return number and noun, in words that agree.
-
-    >>> count(2, "entry")
-    '2 entries'
-    """
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
-
-
 def _read_turn(item: Any, place: str, other_role: str | None) -> Turn:
     if not isinstance(item, Mapping):
-        raise DataError(f"{place}: expected an object, got {_shown(item)}")
+        raise DataError(f"{place}: expected an object, got {shown(item)}")
     role_key = "role" if item.get("role") is not None else "from"
     content_key = "content" if "content" in item else "value"
     role = item.get(role_key)
@@ -433,17 +423,12 @@ def _read_turn(item: Any, place: str, other_role: str | None) -> Turn:
         raise DataError(f"{place}: has no {'role' if role is None else 'content'}", f"It has {', '.join(item)}.")
     loss = item.get("loss")
     if loss not in (None, True, False):
-        raise DataError(f"{place}.loss: expected true or false, got {_shown(loss)}")
+        raise DataError(f"{place}.loss: expected true or false, got {shown(loss)}")
     role = ROLES.get(role, other_role) if isinstance(role, str) else None
     if role is None:
-        raise DataError(f"{place}.{role_key}: unknown role {_shown(item[role_key])}", f"Use {', '.join(ROLES)}.")
+        raise DataError(f"{place}.{role_key}: unknown role {shown(item[role_key])}", f"Use {', '.join(ROLES)}.")
     return Turn(role, item[content_key], f"{place}.{content_key}", loss is None or bool(loss))
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or value in ("", "[]", [], {})
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

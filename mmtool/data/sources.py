@@ -19,6 +19,7 @@ from mmtool.utils import did_you_mean
 
 _SAMPLE = re.compile(r"(?P<name>.+)#(?P<count>-?\d+)")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?::(?P<split>[\w.-]+))?")
+HUBS: dict[str, Hub] = {"hf": "hf", "ms": "ms"}
 _PATTERNS = ("*.jsonl", "*.json", "*.csv", "*.parquet", "data/*.jsonl", "data/*.json", "data/*.csv", "data/*.parquet")
 
 
@@ -61,6 +62,9 @@ def find_sources(text: str, known: Mapping[str, DatasetSpec], hub: Hub, option: 
     Raises:
         MMToolError: for what is none of these, and for a set that cannot be fetched.
     """
+    place, colons, rest = text.partition("::")
+    if colons and place.lower() in HUBS:  # HF::name, as ms-swift has it
+        return find_sources(rest, known, HUBS[place.lower()], option)
     name, sample = text, None
     match = _SAMPLE.fullmatch(text)
     if match is not None and not Path(text).expanduser().exists():
@@ -81,6 +85,8 @@ def find_sources(text: str, known: Mapping[str, DatasetSpec], hub: Hub, option: 
     if place is not None and path.suffix.lower() not in (*SUFFIXES, ".txt") and not path.parent.exists():
         spec = _hub_spec(name, place["repo"], place["split"])
         return [DataSource(name, fetch_files(spec, hub), sample)]
+    if "," in text and all(part.strip() for part in text.split(",")):
+        return [source for part in text.split(",") for source in find_sources(part.strip(), known, hub, option)]
     raise MMToolError(
         f"--{option} {text}: there is no such file and no dataset of this name",
         did_you_mean(name, known, f"Give a file ({', '.join(SUFFIXES)}), or a name: {', '.join(known)}."),

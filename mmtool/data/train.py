@@ -26,16 +26,17 @@ from mmtool.data.formats import FormatCheck
 from mmtool.data.index import IndexedFile, RecordReader
 from mmtool.data.media_cache import UrlCache
 from mmtool.data.prepare import RESULT, Preparation
-from mmtool.data.records import Conversation, count
+from mmtool.data.records import Conversation
 from mmtool.data.table import FORMAT_NAMES, ROW, SPLITS, UNKNOWN_FORMAT
 from mmtool.errors import DataError, MMToolError
 from mmtool.log import get_logger
 from mmtool.messages import Message, Text
 from mmtool.spec import ModelSpec
 from mmtool.template.base import Template
+from mmtool.utils import counted
 
 if TYPE_CHECKING:
-    from mmtool.args import SftDataArgs
+    from mmtool.groups.sft import SftDataArgs
 
 _FAILURE = "failed.json"
 
@@ -99,7 +100,7 @@ class EncodedRows(torch.utils.data.Dataset):
             DataError: where it cannot be read.
         """
         start, length, number, _, file, format_index = self._entry(index)
-        row = self._read(file, start, length, number)
+        row = self._files[file].row(self._reader, start, length, number)
         name = self._format_of(file, row) if format_index == UNKNOWN_FORMAT else FORMAT_NAMES[format_index]
         return self._files[file].conversation(row, name)
 
@@ -123,21 +124,12 @@ class EncodedRows(torch.utils.data.Dataset):
                 row = {**conversation.extra, "row": self.origin(index), "messages": messages}
                 file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         if left_out:
-            logger.warning("%s: %s without a question to ask", path, count(left_out, "row"))
+            logger.warning("%s: %s without a question to ask", path, counted(left_out, "row"))
 
     def _entry(self, index: int) -> tuple[int, int, int, int, int, int]:
         if not 0 <= index < self._size:
             raise IndexError(f"row {index} of {self._size}")
         return ROW.unpack(self._reader.read(self._table, ROW.size * index, ROW.size))  # type: ignore[return-value]
-
-    def _read(self, index: int, start: int, length: int, number: int) -> Row:
-        train_file = self._files[index]
-        file = train_file.file
-        record = self._reader.read(file.stored, start, length, (file.size, file.modified))
-        row = file.parse(record, number)
-        if isinstance(row, DataError):
-            raise row
-        return train_file.fields(row)
 
     def _format_of(self, index: int, row: Row) -> str:
         """Return the format of a row that was not checked: that of the file's first row must fit."""
@@ -145,7 +137,7 @@ class EncodedRows(torch.utils.data.Dataset):
             check = FormatCheck(self._files[index].format)
             first = self._files[index].file.first
             try:
-                check.format_of(self._read(index, *first))
+                check.format_of(self._files[index].row(self._reader, *first))
             except DataError:
                 check = FormatCheck(self._files[index].format)  # the first row is a bad one
             self._formats[index] = check

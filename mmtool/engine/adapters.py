@@ -37,6 +37,10 @@ PLAIN_SETTINGS: dict[str, tuple[Any, ...]] = {
 Span = tuple[int, int]
 
 
+class KindError(MMToolError):
+    """An adapter of a kind that only peft runs: it changes layers, where others would add to them."""
+
+
 class Choice:
     """Which adapter each row of a batch uses, as its number; None for none."""
 
@@ -187,13 +191,17 @@ class Adapters:
         model: the network; its layers get hooks.
         folders: adapter folders by name.
 
+    Attributes:
+        default: number of the adapter that no name means; None for the model as it is.
+
     Raises:
-        MMToolError: for an adapter of a kind that cannot stand beside others.
+        KindError: for an adapter of a kind that cannot stand beside others.
         CheckpointError: for one that does not fit the model.
     """
 
     def __init__(self, model: Any, folders: Mapping[str, Path]) -> None:
         self.names = tuple(folders)
+        self.default: int | None = None
         self.choice: Choice | None = None
         self.touches_media: list[bool] = []
         decoder = model.get_decoder()
@@ -216,11 +224,11 @@ class Adapters:
         for layer, modules in whole.items():
             module = model.get_submodule(layer)
             module.forward = WholeModules(self, module, modules)
-        logger.info("adapters: %s, in %d layers", ", ".join(self.names), len(pairs) + len(whole))
+        logger.debug("adapters: %s, in %d layers", ", ".join(self.names), len(pairs) + len(whole))
 
     def number(self, name: str | None) -> int | None:
         """Return the number of an adapter, None for none."""
-        return None if name is None else self.names.index(name)
+        return self.default if name is None else self.names.index(name)
 
     def choice_of(self, names: Sequence[str | None]) -> Choice | None:
         """Return what ``chosen`` takes for rows of these adapters; None where no row has one."""
@@ -248,16 +256,16 @@ class Adapters:
 
 
 def check_plain(name: str, folder: Path) -> None:
-    """Raise MMToolError unless an adapter is low-rank pairs, and whole modules, beside the model as it is."""
+    """Raise KindError unless an adapter is low-rank pairs, and whole modules, beside the model as it is."""
     if not (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"adapter {name}: {folder} has no {ADAPTER_CONFIG}", "Give an adapter folder.")
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
-        raise MMToolError(f"adapter {name}: {folder} is {config.get('peft_type')}, not LORA", MERGE_HINT)
+        raise KindError(f"adapter {name}: {folder} is {config.get('peft_type')}, not LORA", MERGE_HINT)
     for setting, plain in PLAIN_SETTINGS.items():
         if config.get(setting) not in plain:
             kind = "DoRA" if setting == "use_dora" else f"{setting} {config[setting]!r}"
-            raise MMToolError(f"adapter {name}: {folder} uses {kind}, which cannot run beside others", MERGE_HINT)
+            raise KindError(f"adapter {name}: {folder} uses {kind}, which cannot run beside others", MERGE_HINT)
 
 
 def read_adapter(model: Any, name: str, folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, nn.Module]]:
@@ -287,7 +295,7 @@ def read_adapter(model: Any, name: str, folder: Path) -> tuple[dict[str, tuple[T
 
 def _pair(module: Any, where: str) -> tuple[Tensor, Tensor]:
     if "default" not in module.lora_A or not isinstance(module.base_layer, nn.Linear) or module.lora_variant:
-        raise MMToolError(f"{where} is not a linear layer with a plain adapter", MERGE_HINT)
+        raise KindError(f"{where} is not a linear layer with a plain adapter", MERGE_HINT)
     down = module.lora_A["default"].weight.detach()
     up = module.lora_B["default"].weight.detach() * module.scaling["default"]
     if not (down.isfinite().all() and up.isfinite().all()):

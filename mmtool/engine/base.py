@@ -143,6 +143,7 @@ class Request:
         stop_words: texts that end the answer and are not part of it, matched across token borders.
         stop_token_ids: ids that end the answer.
         strip: cut whitespace at both ends of the answer.
+        continues: the answer goes on with the text of the prompt, and may begin with a blank; else it begins anew.
         skip_special_tokens: leave special tokens out of the text.
         hidden_token_ids: ids to decode the answer without.
         penalize_prompt: the repetition penalty sees the prompt, too.
@@ -157,6 +158,7 @@ class Request:
     stop_words: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     strip: bool = True
+    continues: bool = False
     skip_special_tokens: bool = True
     hidden_token_ids: tuple[int, ...] = ()
     penalize_prompt: bool = True

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 from mmtool.engine.base import Engine
 from mmtool.errors import MMToolError
 from mmtool.finetuned import FineTuned, attach_adapter
+from mmtool.log import get_logger
 from mmtool.utils import did_you_mean, import_object
 
 if TYPE_CHECKING:
-    from mmtool.args import ModelArgs, VllmArgs
+    from mmtool.groups.model import ModelArgs, VllmArgs
     from mmtool.spec import ModelSpec
     from mmtool.template.base import Template
+
+logger = get_logger(__name__)
 
 BACKENDS = ("AUTO", "pt")  # for a loaded model; vLLM loads the folder itself
 OWN_ADAPTER = "--ckpt_dir"  # no adapter of --lora_modules can be called so
@@ -46,6 +49,7 @@ def create_engine(
         raise MMToolError(f"unknown infer_backend {backend!r}", did_you_mean(backend, BACKENDS))
     fits_pt = import_object("mmtool.engine.fit:fits_pt")  # needs torch and transformers
     fits = fits_pt(model)
+    import_object("mmtool.engine.memory:bound_programs")(max_batch_size)
     path = "mmtool.engine.pt:PtEngine" if fits else "mmtool.engine.generic:GenericEngine"
     return import_object(path)(
         model,
@@ -100,18 +104,18 @@ def open_engine(
         model_kwargs=given.model_kwargs,
         processor=template.processor,
     )
+    settings |= {"max_batch_size": max_batch_size, "max_model_len": max_model_len}
+    if own is not None and not merge_lora and not adapters:
+        try:
+            engine: Any = create_engine(network, processor, backend, adapters={OWN_ADAPTER: own}, **settings)
+        except import_object("mmtool.engine.adapters:KindError") as error:
+            logger.debug("peft runs the adapter: %s", error.message)
+        else:
+            engine.answer_with(OWN_ADAPTER)
+            return engine, network.generation_config
     if own is not None:
         network = attach_adapter(network, own, merge=merge_lora)
-    engine = create_engine(
-        network,
-        processor,
-        backend,
-        max_batch_size=max_batch_size,
-        max_model_len=max_model_len,
-        adapters=adapters,
-        **settings,
-    )
-    return engine, network.generation_config
+    return create_engine(network, processor, backend, adapters=adapters, **settings), network.generation_config
 
 
 def _open_vllm(

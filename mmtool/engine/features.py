@@ -178,7 +178,8 @@ class MediaFeatures:
 
 
 def _uncovered(run: Run) -> list[MediaInput]:
-    kept = len(run.slot.tokens) if run.slot is not None else 0
+    slot = run.slot  # once: another thread may end the run meanwhile
+    kept = 0 if slot is None else len(slot.tokens)
     return [item for item in run.request.media if item.start + item.length > kept]
 
 

@@ -72,7 +72,7 @@ class GenericEngine(SteppedEngine):
     ) -> None:
         limit = position_limit(model.config.get_text_config())
         if max_model_len is not None and not 1 < max_model_len <= limit:
-            raise MMToolError(f"max_model_len must be from 2 to {limit} for this model, got {max_model_len}")
+            raise MMToolError(f"--max_model_len {max_model_len}: this model takes 2 to {limit}", "Or leave it out.")
         super().__init__(model, tokenizer, max_batch_size, max_model_len or limit)
         self.vocab_size = model.config.get_text_config().vocab_size
         self._load_adapters(adapters)

@@ -30,16 +30,18 @@ class GraphedStep:
         step: has a head.
         kv: with a spare row.
         max_rows: most rows that answer at once.
+        records: False where a recording has failed before; the shapes run as they are then.
     """
 
-    def __init__(self, step: LlamaStep, kv: KVSlots, max_rows: int) -> None:
+    def __init__(self, step: LlamaStep, kv: KVSlots, max_rows: int, records: bool = True) -> None:
         assert step.head is not None and kv.spare, "asked only where both are so"
         self.step = step
         self.kv = kv
         self.storage = storage_of(kv)
         self.max_rows = min(max_rows, kv.num_slots)
         device = step.embeddings.device
-        self.records = device.type == "cuda"
+        self.may_record = records
+        self.records = records and device.type == "cuda"
         self.ids, self.positions, self.targets = torch.zeros(3, self.max_rows, dtype=torch.long, device=device)
         self.every_position = torch.arange(kv.capacity, device=device)
         self.every_head = torch.arange(step.kv_heads, device=device)
@@ -68,7 +70,7 @@ class GraphedStep:
         self.positions[:count].copy_(positions)
         replay = self.replays.get((rows, length))
         if replay is None:
-            replay = self.replays[rows, length] = self._recorded(rows, length)
+            replay = self.replays[rows, length] = self._recorded_if_possible(rows, length)
         return replay()[:count]
 
     def every_row(self, count: int) -> Tensor:
@@ -85,10 +87,30 @@ class GraphedStep:
         states = self.step(Rows(self.ids[:rows], positions, length - 1, index, mask[:, None, None]), self.kv)
         return self.step.logits(states)
 
+    def _recorded_if_possible(self, rows: int, length: int) -> Callable[[], Tensor]:
+        """Return what computes ``logits`` of these shapes, as a recording where there is a GPU that can."""
+        if self.records:
+            try:
+                return self._recorded(rows, length)
+            except RuntimeError as error:  # what CUDA and its memory have against it; answers need no recording
+                self.records = self.may_record = False
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                logger.warning("CUDA graphs are not used any more: the step could not be recorded: %s", reason)
+        return lambda: self.logits(rows, length)
+
     def _recorded(self, rows: int, length: int) -> Callable[[], Tensor]:
-        """Return what computes ``logits`` of these shapes, as a recording where there is a GPU."""
-        if not self.records:
-            return lambda: self.logits(rows, length)
+        """Return the replay of a recording of ``logits``.
+
+        Raises:
+            RuntimeError: when it cannot be recorded; the stream is what it was.
+        """
+        before = torch.cuda.current_stream(self.ids.device)
+        try:
+            return self._record(rows, length)
+        finally:
+            torch.cuda.set_stream(before)  # a recording that fails does not always do it
+
+    def _record(self, rows: int, length: int) -> Callable[[], Tensor]:
         stream = torch.cuda.Stream(self.ids.device)
         stream.wait_stream(torch.cuda.current_stream(self.ids.device))
         with torch.cuda.stream(stream):
@@ -112,7 +134,9 @@ def graphed(known: GraphedStep | None, step: LlamaStep, kv: KVSlots, max_rows: i
     """Return ``step`` in fixed shapes, which is ``known`` unless weights or storage have moved; None without a head."""
     if step.head is None:
         return None
-    return known if known is not None and known.fits(step, kv) else GraphedStep(step, kv, max_rows)
+    if known is not None and known.fits(step, kv):
+        return known
+    return GraphedStep(step, kv, max_rows, records=known is None or known.may_record)
 
 
 def storage_of(kv: KVSlots) -> tuple[int, ...]:

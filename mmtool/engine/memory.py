@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -60,6 +61,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def bound_programs(max_batch_size: int) -> None:
+    """Bound what oneDNN keeps: it compiles a program for every shape of a product, of 270 KB each.
+
+    By default torch keeps 1024 of them twice, which prompts of all lengths fill. The inner of the two caches alone is
+    as fast. Must be called before the first product; what the environment says stays.
+
+    Args:
+        max_batch_size: most rows of a decode step; its products, for any number of rows, should find room.
+    """
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(128 + 8 * max_batch_size))
 
 
 def give_back(device: torch.device) -> None:

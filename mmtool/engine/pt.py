@@ -1,18 +1,19 @@
 """The engine on plain torch: requests join and leave between decode steps, and nothing is computed twice.
 
-``PtEngine`` decides who runs where; ``slots`` stores keys and values, ``features`` media features, ``adapters`` what
-LoRA adds, ``batch`` holds those that answer, ``sampling`` chooses tokens, ``text`` makes text of them. It has no thread
-of its own: ``generate`` or a worker drives ``step``.
+``PtEngine`` computes; ``slotted`` decides who runs where, ``slots`` stores keys and values, ``features`` media
+features, ``adapters`` what LoRA adds, ``batch`` holds those that answer, ``sampling`` chooses tokens, ``text`` makes
+text of them.
+``generate`` or a worker drives ``step``; where ``beside`` pays, a second thread computes prompts between its calls.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,29 +21,39 @@ from torch import Tensor
 from mmtool.engine.adapters import Choice
 from mmtool.engine.base import TokenLogprob
 from mmtool.engine.batch import Batch
+from mmtool.engine.beside import pays
 from mmtool.engine.features import FeatureCache, MediaFeatures
 from mmtool.engine.graphs import GraphedStep, graphed
 from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
-from mmtool.engine.memory import fitting_length, free_memory, give_back, is_out_of_memory
+from mmtool.engine.memory import fitting_length, free_memory, is_out_of_memory
 from mmtool.engine.pages import move_to_huge_pages
 from mmtool.engine.positions import Positions, check_attention
 from mmtool.engine.sampling import RowError, Sampler
 from mmtool.engine.slots import CAPACITY_STEP, KVSlots, Slot, SlotCache, common_prefix
-from mmtool.engine.stepped import Run, SteppedEngine
+from mmtool.engine.slotted import SlottedEngine
+from mmtool.engine.stepped import Run
 from mmtool.errors import MMToolError
 from mmtool.log import get_logger
 from mmtool.models.common.release import ReleaseModel
 
 logger = get_logger(__name__)
 
-ROOM_AHEAD = 256  # positions reserved for an answer at first; more are added while it grows
 TOWER_BATCH = 8  # media per tower call
 PACK_SHARE = 1 / 3  # of free memory, for a copy of the weights
 SHARED_AT_MOST = 0.25  # part of a prompt that is rather computed than waited for
+TOGETHER_BESIDE = 128  # prompt positions that share their products in the second thread; more gain little
 PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for the next token
 
 
-class PtEngine(SteppedEngine):
+class PromptWork(NamedTuple):
+    """Parts of prompts that are computed together, and the slots they are written to; no chunks for a medium."""
+
+    runs: list[Run]
+    chunks: list[Chunk]
+    slots: list[Slot]
+
+
+class PtEngine(SlottedEngine):
     """Continuous batching over KV slots, with reuse of prompts and media features seen before.
 
     A slot keeps what it holds after its request has ended, is cancelled or fails; the next request that begins the
@@ -67,6 +78,9 @@ class PtEngine(SteppedEngine):
             yes where more than one request may run and a third of the free memory is enough.
         compile: run decode steps in fixed shapes, which a GPU replays from CUDA graphs; one is recorded when a number
             of answers and a length first occur. None is yes on a GPU. Only decoders that ``LlamaStep`` knows have it.
+        prompts_beside: compute prompts and towers in a second thread while answers go on, so that neither waits for
+            the other; elsewhere than on a CPU this does nothing. None is yes with two processors or more for each
+            thread that torch uses. Only decoders that ``LlamaStep`` knows, without adapters, have it.
     """
 
     def __init__(
@@ -83,38 +97,34 @@ class PtEngine(SteppedEngine):
         preallocate: bool = False,
         pack_weights: bool | None = False,
         compile: bool | None = None,
+        prompts_beside: bool | None = False,
     ) -> None:
         config = model.config.get_text_config()
         positions = Positions(model, model.get_decoder())
         limit = positions.limit
         check_attention(config, max_model_len or limit, positions.axes)
         if max_model_len is not None and not 1 < max_model_len <= limit:
-            raise MMToolError(f"max_model_len must be from 2 to {limit} for this model, got {max_model_len}")
+            raise MMToolError(f"--max_model_len {max_model_len}: this model takes 2 to {limit}", "Or leave it out.")
         if prefill_chunk < 1:
             raise MMToolError(f"prefill_chunk must be at least 1, got {prefill_chunk}")
-        super().__init__(model, tokenizer, max_batch_size, max_model_len or limit)
+        features = FeatureCache(feature_cache_bytes)
+        device = model.get_input_embeddings().weight.device
+        self.fixed_shapes = device.type == "cuda" if compile is None else compile
+        kv = KVSlots(config.num_hidden_layers, spare=int(self.fixed_shapes))
+        super().__init__(model, tokenizer, max_batch_size, max_model_len or limit, positions=positions, kv=kv,
+                         features=features, reuse_prefix=reuse_prefix, preallocated=preallocate)  # fmt: skip
         self.vocab_size = config.vocab_size
         self._load_adapters(adapters)
         self.prefill_chunk = prefill_chunk
-        self.reuse_prefix = reuse_prefix
         self.decoder = model.get_decoder()
-        self.positions = positions
-        self.embed = model.get_input_embeddings()
-        self.device = self.embed.weight.device
-        self.features = FeatureCache(feature_cache_bytes)
         # Towers of ours treat each medium alone; of others that cannot be known, so they get one at a time.
         tower_batch = TOWER_BATCH if isinstance(model, ReleaseModel) else 1
-        self._media = MediaFeatures(model, self.device, self.features, self.stats, tower_batch, self._adapters)
-        self.fixed_shapes = self.device.type == "cuda" if compile is None else compile
-        self.kv = KVSlots(config.num_hidden_layers, spare=int(self.fixed_shapes))
-        self.slots: list[Slot] = []
-        self._cache = SlotCache(self.kv)
-        self._filling: deque[Run] = deque()  # in a slot, prompt not computed to its end
-        self._batch: Batch | None = None  # None: who answers has changed
+        self._media = MediaFeatures(model, device, features, self.stats, tower_batch, self._adapters)
+        self._cache = SlotCache(kv)
         self._step: LlamaStep | None = None
         self._graphs: GraphedStep | None = None
-        self._clock = 0
-        self.preallocated = preallocate
+        self._work: PromptWork | None = None
+        self.prompts_beside = pays(device) if prompts_beside is None else prompts_beside and device.type == "cpu"
         if preallocate:
             move_to_huge_pages([*self.decoder.parameters(), *model.lm_head.parameters()])
             self._preallocate(may_shorten=max_model_len is None)
@@ -122,39 +132,18 @@ class PtEngine(SteppedEngine):
         if self.pack_weights:
             self._starting()
 
-    @property
-    def kv_bytes(self) -> int:
-        """Memory for keys and values, as it is allocated now."""
-        return self.kv.num_bytes
-
     @torch.inference_mode()
     def step(self) -> None:
         """Continue every answer by one token, let requests in, and compute a part of their prompts.
 
         In this order a first token is out as soon as its prompt is computed.
         """
+        self._take_prompts()
         self._decode()
+        if self.prompts_beside and self._batch is None:
+            self._batch = self._make_batch()  # before somebody takes a row in front of those that answer
         self._admit()
         self._prefill()
-
-    @torch.inference_mode()
-    def clear(self, features: bool = False) -> None:
-        """Forget all conversations, and give their memory back where it grows; also forget features if asked."""
-        for run in self._unfinished():
-            self.cancel(run)
-        for slot in self.slots:
-            self.kv.zero(slot.row, 0, slot.written)
-        self.slots.clear()
-        if not self.preallocated:
-            self.kv.clear()
-        if features:
-            self.features.clear()
-
-    def _running(self) -> list[Run]:
-        return [slot.run for slot in self.slots if slot.run is not None]
-
-    def _answering(self) -> list[Slot]:
-        return [slot for slot in self.slots if slot.run is not None and slot.run.token_ids]
 
     def _starting(self) -> None:
         known = self._step
@@ -162,88 +151,22 @@ class PtEngine(SteppedEngine):
         if self._step is not known and self._step is not None and self._step.packed_bytes:
             logger.info("packed weights: %.1f MB beside the model's", self._step.packed_bytes / 1e6)
 
-    # Letting requests in
-
-    def _admit(self) -> None:
-        """Give waiting requests the free slots."""
-        active = len(self._running())
-        new = [*self._waiting][: self.max_batch_size - active]
-        if not new:
-            return
-        rooms = [len(run.prompt) + min(run.max_new_tokens, ROOM_AHEAD) for run in new]
-        try:
-            self._reserve(max(rooms))
-        except Exception as error:  # too much for all of them together; each alone may find room
-            logger.debug("no memory for all waiting requests: %s", error)
-        for run, room in zip(new, rooms, strict=True):
-            try:
-                self._reserve(room)
-                self._place(run, room)
-            except Exception as error:
-                self._fail(run, error)
-            else:
-                self._waiting.remove(run)
-                self._filling.append(run)
-
-    def _place(self, run: Run, room: int) -> None:
-        """Give a run a slot of ``room`` positions, with as much of its prompt in it as some slot holds."""
-        free = [slot for slot in self.slots if slot.run is None]
-        can_add = len(self.slots) < self.max_batch_size
-        donor, shared = self._donor(run)
-        if donor in free and (2 * shared >= len(donor.tokens) or (len(free) == 1 and not can_add)):
-            target = donor
-        else:  # rather forget an old conversation than most of the one that begins alike
-            others = [slot for slot in free if slot is not donor]
-            target = min(others, key=lambda slot: (len(slot.tokens) > 0, slot.last_used), default=None)
-            if can_add and (target is None or target.tokens):
-                if len(self.slots) >= self.kv.num_slots:
-                    self._reserve(room, len(self.slots) + 1)
-                    self._place(run, room)  # what was kept may have been dropped to make room
-                    return
-                target = Slot(len(self.slots))
-                self.slots.append(target)
-        assert target is not None, "there are as many slots as requests may run"
-        target.tokens = target.tokens[:shared] if target is donor else []
-        target.stretched = False
-        target.adapter = run.request.adapter
-        self.kv.zero(target.row, len(target.tokens), target.written)
-        target.written = len(target.tokens)
-        target.run, run.slot = run, target
-        if donor is not None and target is not donor:
-            self._copy(donor, run, shared)
-
-    def _copy(self, donor: Slot, run: Run, length: int) -> None:
-        run.slot.written = length
-        self.kv.copy(donor.row, run.slot.row, length)
-        run.slot.tokens = run.prompt[:length]
-
-    def _donor(self, run: Run) -> tuple[Slot | None, int]:
-        """Return the slot that shares most positions with the run's prompt, and how many (never the whole prompt)."""
-        if not self.reuse_prefix or not self.slots or self.positions.is_stretched(len(run.prompt)):
-            return None, 0
-        most = self.positions.stretched  # beyond, the keys of answers are turned otherwise; None is no limit
-        adapter = run.request.adapter
-        shared = [
-            0 if slot.stretched or slot.adapter != adapter else common_prefix(slot.tokens[:most], run.prompt)
-            for slot in self.slots
-        ]
-        best = max(range(len(shared)), key=shared.__getitem__)
-        length = min(shared[best], len(run.prompt) - 1)
-        return (self.slots[best], length) if length else (None, 0)
-
     # Prompts
 
     def _prefill(self) -> None:
         """Compute prompt positions, oldest request first: a bounded number while others wait for their next token."""
         spent = 0
-        while self._filling:
-            waited_for = bool(self._answering())
-            most = self.prefill_chunk if waited_for else max(self.prefill_chunk, PREFILL_ALONE)
+        while self._filling and not self._beside.at_work:
+            run, *others = self._filling
+            waited_for, beside = bool(self._answering()), self._may_go_beside(run)
+            most = self.prefill_chunk if waited_for or beside else max(self.prefill_chunk, PREFILL_ALONE)
             if spent >= most:
                 return
-            run, *others = self._filling
             try:
                 self._begin(run)
+                if waited_for and beside:
+                    self._prefill_beside(run, others)
+                    return
                 if not self._media.provide(run, others, once=waited_for):
                     return
                 spent += self._attempt_chunk(run, most - spent)
@@ -278,6 +201,8 @@ class PtEngine(SteppedEngine):
         """Return those that wait behind ``run`` whose prompts fit into the same call of the step."""
         if not self._steps_prompt(run):
             return []
+        if self._may_go_beside(run):  # rather let the first answer begin, which then goes on beside the others
+            most = min(most, TOGETHER_BESIDE)
         most -= len(run.prompt) - len(run.slot.tokens)
         together = [run]
         for other in [other for other in self._filling if other is not run]:
@@ -302,6 +227,11 @@ class PtEngine(SteppedEngine):
 
     def _prefill_chunks(self, runs: list[Run], most: int) -> int:
         """Compute up to ``most`` positions of the first run's prompt, and the whole prompts of the others."""
+        work = self._work_on(runs, most)
+        self._finish(work, self._prompt_logits(runs, work.chunks))
+        return sum(chunk.end - chunk.start for chunk in work.chunks)
+
+    def _work_on(self, runs: list[Run], most: int) -> PromptWork:
         chunks = []
         for run in runs:
             start, end = len(run.slot.tokens), len(run.prompt)
@@ -311,24 +241,78 @@ class PtEngine(SteppedEngine):
                 end = min(end, start + most)
             run.slot.written = max(run.slot.written, end)
             chunks.append(Chunk(run.slot.row, start, end))
+        return PromptWork(runs, chunks, [run.slot for run in runs])
+
+    def _prompt_logits(self, runs: list[Run], chunks: list[Chunk]) -> Tensor | None:
+        """Return ``(ended, vocabulary)`` for the prompts that end with these parts; None where none does."""
+        ended = sum(chunk.end == len(run.prompt) for run, chunk in zip(runs, chunks, strict=True))
         with self._adapted(self._choice(runs[:1])):
             hidden = self._prompt_states(runs, chunks)
-            ended = [run for run, chunk in zip(runs, chunks, strict=True) if chunk.end == len(run.prompt)]
-            logits = self._head(hidden[-len(ended) :]) if ended else None  # the first run alone may not have ended
+            return self._head(hidden[-ended:]) if ended else None  # the first run alone may not have ended
+
+    def _finish(self, work: PromptWork, logits: Tensor | None) -> None:
+        """Note what was computed, and give those whose prompt has ended their first token."""
         token_ids, logprobs = [], []
-        if logits is not None:
-            sampler = Sampler([run.draw for run in ended], self.device)
-            token_ids = sampler(logits).tolist()
+        ended = [run for run, chunk in zip(work.runs, work.chunks, strict=True) if chunk.end == len(run.prompt)]
+        rows = [row for row, run in enumerate(ended) if not run.finished]  # some may have left meanwhile
+        if rows and logits is not None:
+            sampler = Sampler([ended[row].draw for row in rows], self.device)
+            token_ids = sampler(logits[rows]).tolist()
             logprobs = sampler.logprobs(token_ids)
             self._batch = None
-        for run, chunk in zip(runs, chunks, strict=True):
-            run.slot.tokens += run.prompt[chunk.start : chunk.end]
+        for run, slot, chunk in zip(work.runs, work.slots, work.chunks, strict=True):
+            if len(slot.tokens) == chunk.start:  # else it was made to forget
+                slot.tokens += run.prompt[chunk.start : chunk.end]
             self.stats.prefill_tokens += chunk.end - chunk.start
-        for run, token_id, logprob in zip(ended, token_ids, logprobs, strict=True):
+        for row, token_id, logprob in zip(rows, token_ids, logprobs, strict=True):
+            run = ended[row]
             run.features = {}
             self._filling.remove(run)
             self._publish(run, token_id, logprob)
-        return sum(chunk.end - chunk.start for chunk in chunks)
+
+    # Prompts in the second thread
+
+    def _may_go_beside(self, run: Run) -> bool:
+        """Whether a prompt has nothing to do with what a decode step uses beside weights: ``LlamaStep`` keeps none."""
+        return self.prompts_beside and self._adapters is None and self._steps_prompt(run)
+
+    def _prefill_beside(self, run: Run, others: Sequence[Run]) -> None:
+        """Begin to compute a part of a run's prompt, or a medium of it, while answers go on."""
+        if self._media.ready(run):
+            runs = [run, *self._companions(run, self.prefill_chunk)]
+            self._work = self._work_on(runs, self.prefill_chunk)
+            work: Callable[[], Any] = partial(self._prompt_logits, runs, self._work.chunks)
+        else:
+            self._work = PromptWork([run], [], [])
+            work = partial(self._media.provide, run, others, once=True)
+        self._beside.start(work, self._work.slots)
+
+    def _take_prompts(self) -> None:
+        """Take what the second thread has computed; wait for it where there is nothing else to do."""
+        if not self._beside.at_work or (self._answering() and not self._beside.done):
+            return
+        assert self._work is not None, "it says what is computed"
+        work, self._work = self._work, None
+        try:
+            logits = self._beside.result()
+            if work.chunks:
+                self._finish(work, logits)
+        except Exception as error:
+            self._take_alone(work, error)
+
+    def _take_alone(self, work: PromptWork, error: Exception) -> None:
+        """Try the first of several prompts alone, here and now, after they have failed together."""
+        run = work.runs[0]
+        if is_out_of_memory(error):
+            self._free_memory()
+        if run.finished:
+            return
+        try:
+            if not work.chunks or (len(work.runs) == 1 and not is_out_of_memory(error)):
+                raise error
+            self._prefill_chunks([run], self.prefill_chunk)
+        except Exception as again:
+            self._fail(run, again.error if isinstance(again, RowError) else again)
 
     def _prompt_states(self, runs: list[Run], chunks: list[Chunk]) -> Tensor:
         """Return ``(runs, hidden)``, the states at the ends of parts of their prompts."""
@@ -434,14 +418,6 @@ class PtEngine(SteppedEngine):
     def _batch_of(self, runs: list[Run]) -> Batch:
         return Batch(runs, self.kv, self.device, self.embed.weight.dtype, self._choice(runs))
 
-    def _swap(self, one: Slot, other: Slot) -> None:
-        tokens = one.tokens, other.tokens
-        one.tokens, other.tokens = [], []  # an interrupt half way must not leave rows that claim to be valid
-        self.kv.swap(one.row, other.row, max(one.written, other.written))
-        one.row, other.row = other.row, one.row
-        self.slots[one.row], self.slots[other.row] = one, other
-        one.tokens, other.tokens = tokens
-
     def _logits(self, batch: Batch) -> Tensor:
         if self.fixed_shapes and self._step is not None and batch.choice is None:
             self._graphs = graphed(self._graphs, self._step, self.kv, self.max_batch_size)
@@ -534,62 +510,3 @@ class PtEngine(SteppedEngine):
             self.max_batch_size,
             self.max_model_len,
         )
-
-    def _reserve(self, capacity: int, num_slots: int | None = None) -> None:
-        """Make room for all slots, or so many, with ``capacity`` positions each; what fails leaves all as it was."""
-        capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
-        for last in (False, True):
-            count = num_slots or len(self.slots)
-            rows = min(self.max_batch_size, 1 << (count - 1).bit_length()) if count else 0
-            if rows <= self.kv.num_slots and capacity <= self.kv.capacity:
-                return
-            self._batch = None
-            try:
-                self.kv.reserve(rows, capacity, max((len(slot.tokens) for slot in self.slots), default=0))
-                break
-            except BaseException as error:
-                if not self.kv.num_slots and self.slots:  # not even what there was could be kept
-                    for run in self._unfinished():
-                        self._fail(run, error)
-                    self.clear()
-                    raise
-                if last or not is_out_of_memory(error):
-                    raise
-            self._free_memory()
-        logger.debug("KV memory: %.1f MB", self.kv_bytes / 1e6)
-
-    def _free_memory(self) -> None:
-        """Give up what is kept for later requests: features, and conversations that nobody goes on with."""
-        logger.warning("out of memory: features and conversations kept for later are dropped")
-        self.features.clear()
-        active = [slot for slot in self.slots if slot.run is not None]
-        for slot in self.slots:
-            if slot.run is None:
-                slot.tokens = []
-        if not active and not self.preallocated:
-            self.slots.clear()
-            self.kv.clear()
-        elif not self.preallocated:
-            for row, slot in enumerate(sorted(active, key=lambda slot: slot.row)):
-                if slot.row != row:
-                    self._swap(slot, self.slots[row])
-            del self.slots[len(active) :]
-            self._batch = None
-            longest = max(
-                len(slot.run.prompt) + 1 if not slot.run.token_ids else len(slot.tokens) + 1 for slot in active
-            )
-            self.kv.shrink(len(active), -(-longest // CAPACITY_STEP) * CAPACITY_STEP)
-        give_back(self.device)
-
-    # Ends
-
-    def _release(self, run: Run) -> None:
-        run.features = {}
-        run.draw = None
-        if run in self._filling:
-            self._filling.remove(run)
-        if run.slot is not None:
-            self._clock += 1
-            run.slot.run, run.slot.last_used = None, self._clock
-            run.slot = None
-            self._batch = None

@@ -21,7 +21,7 @@ from mmtool.engine.products import Product, norm_of, product_kind
 TRANSFORMERS = "transformers.models"
 MLA = "mmtool.models.common.mla"
 FM9G = "mmtool.models.fm9g.modeling_fm9g"
-XCOMPOSER2 = "mmtool.models.internlm_xcomposer2.modeling_internlm_xcomposer2"
+XCOMPOSER2 = "mmtool.models.internlm_xcomposer2.modeling_internlm2"
 PLAIN = tuple(f"{TRANSFORMERS}.{name}.modeling_{name}" for name in ("llama", "qwen2", "qwen3", "mistral"))
 SILU = ("SiLU", "SiLUActivation")  # torch's, and the one of transformers.activations
 PLAIN_MODULES = (*PLAIN, MLA, FM9G, XCOMPOSER2, "transformers.activations", "torch.nn.modules.activation")

@@ -144,7 +144,8 @@ class SteppedEngine(Engine):
         self.stats.requests += 1
         max_new_tokens = min(request.sampling.max_new_tokens, self.max_model_len - len(request.input_ids))
         run = Run(request, index, emit, max_new_tokens)
-        run.text_from(Detokenizer(self.tokenizer, request.skip_special_tokens, request.hidden_token_ids))
+        before = request.input_ids if request.continues else ()
+        run.text_from(Detokenizer(self.tokenizer, request.skip_special_tokens, request.hidden_token_ids, before))
         if not self.busy:
             self._starting()
         self._waiting.append(run)
@@ -163,6 +164,11 @@ class SteppedEngine(Engine):
         return bool(self._unfinished())
 
     # What subclasses use
+
+    def answer_with(self, adapter: str) -> None:
+        """Give requests that name no adapter this one."""
+        assert self._adapters is not None, "it is one of those loaded"
+        self._adapters.default = self._adapters.number(adapter)
 
     def _load_adapters(self, folders: Mapping[str, Path] | None) -> None:
         """Put LoRA adapters beside the layers of the model."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -14,11 +15,16 @@ class Detokenizer:
 
     Decoders look at neighbours (leading blanks, characters of several byte tokens), so new ids are decoded together
     with some before them, and the text of those is cut off. Special tokens give no text, unless asked for, and
-    hidden ones are as if they were not there.
+    hidden ones are as if they were not there. ``before`` are ids of a text that goes on: without them, the blank
+    between it and what follows would get lost.
     """
 
     def __init__(
-        self, tokenizer: Any, skip_special_tokens: bool = True, hidden_token_ids: tuple[int, ...] = ()
+        self,
+        tokenizer: Any,
+        skip_special_tokens: bool = True,
+        hidden_token_ids: tuple[int, ...] = (),
+        before: Sequence[int] = (),
     ) -> None:
         self.tokenizer = tokenizer
         self.skip_special_tokens = skip_special_tokens
@@ -26,6 +32,10 @@ class Detokenizer:
         self.ids: list[int] = []  # the window: ids decoded before, then those held back
         self.shown = 0  # ids of the window whose text is out
         self.shown_text = ""
+        context = [index for index in before[-WINDOW:] if index not in hidden_token_ids]
+        text = self._decode(context) if context else ""
+        if not text.endswith("\ufffd"):  # half a character has no text that could be cut off again
+            self.ids, self.shown, self.shown_text = context, len(context), text
 
     def push(self, token_id: int) -> str:
         """Take one id and return the text that is certain now."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,13 +14,14 @@ from torch import Tensor
 from mmtool.errors import MMToolError
 from mmtool.export.layout import Release, Stored
 from mmtool.export.merge_lora import NotStreamable
-from mmtool.export.output import copy_beside_weights, edit_config, set_dtype, set_untied
+from mmtool.export.output import LEFT_OUT, edit_config, set_dtype, set_untied
 from mmtool.export.progress import Progress
 from mmtool.export.quantise import WeightQuantiser
 from mmtool.export.shards import Entry, write_shards
 from mmtool.export.source import Source
 from mmtool.finetuned import attach_adapter
 from mmtool.loader import load_model
+from mmtool.models.common.folders import copy_beside_weights
 from mmtool.models.common.weights import LazyTensor
 
 MAIN = PurePosixPath(".")
@@ -93,9 +95,9 @@ def plan_weights(
         if quantiser is not None and parameter in quantiser.group_sizes:
             group += quantiser.entries(item.name, parameter, tensor.shape, read)
         elif changes:
-            group.append(Entry(item.name, tensor.shape, target, _rounded(read, target)))
+            group.append(Entry(item.name, tensor.shape, target, _rounded(item, read, target)))
         else:
-            group.append(Entry(item.name, tensor.shape, target, tensor.astype(target).read))
+            group.append(Entry(item.name, tensor.shape, target, _in_range(item, target)))
     return Plan(entries, changed, untied)
 
 
@@ -122,8 +124,23 @@ def reader(parameter: str | None, tensor: LazyTensor, merged: ChangedWeights | N
     return lambda: merged.merged(parameter, read)
 
 
-def _rounded(read: Callable[[], Tensor], target: torch.dtype) -> Callable[[], Tensor]:
-    return lambda: read().to(target)
+def _rounded(item: Stored, read: Callable[[], Tensor], target: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: _finite(item, read().to(target))
+
+
+def _in_range(item: Stored, target: torch.dtype) -> Callable[[], Tensor]:
+    """Return what reads a weight that does not change but in its number format."""
+    tensor = item.tensor.astype(target)
+    narrow = target == torch.float16 and tensor.stored_dtype != target
+    return (lambda: _finite(item, tensor.read())) if narrow else tensor.read
+
+
+def _finite(item: Stored, weight: Tensor) -> Tensor:
+    """Return a weight; raise MMToolError where its number format does not reach far enough."""
+    if not all(math.isfinite(float(value)) for value in torch.aminmax(weight)):
+        name = str(weight.dtype).removeprefix("torch.")
+        raise MMToolError(f"{item.name} has numbers that {name} cannot hold", "Use --dtype bf16 or fp32.")
+    return weight
 
 
 def write_folder(
@@ -136,7 +153,7 @@ def write_folder(
     quantiser: WeightQuantiser | None = None,
 ) -> None:
     """Write weights, and copy everything else that the release has."""
-    copy_beside_weights(release.folder, folder)
+    copy_beside_weights(release.folder, folder, LEFT_OUT)
     with Progress("writing weights", plan.nbytes) as progress:
         for group, entries in plan.entries.items():
             (folder / group).mkdir(parents=True, exist_ok=True)
@@ -167,4 +184,4 @@ def write_in_memory(
     model = attach_adapter(model, source.adapters[0].folder, merge=True)
     model = model.to(dtype or stored)
     model.save_pretrained(folder, max_shard_size=max_bytes)
-    copy_beside_weights(source.folder, folder)
+    copy_beside_weights(source.folder, folder, LEFT_OUT)

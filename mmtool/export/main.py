@@ -15,20 +15,14 @@ from transformers.utils.logging import disable_progress_bar
 from mmtool import __version__, log
 from mmtool.args import ExportArgs
 from mmtool.errors import MMToolError
+from mmtool.export.bnb import BitsAndBytes
 from mmtool.export.card import write_card
 from mmtool.export.convert import Plan, plan_weights, write_folder, write_in_memory
 from mmtool.export.gguf import file_size, gguf_layout, matrices, write_gguf
 from mmtool.export.gguf_check import INSTALL, binding
 from mmtool.export.gguf_check import check as check_gguf
 from mmtool.export.layout import Release, read_release
-from mmtool.export.libraries import (
-    PACKAGES,
-    Calibrated,
-    check_bitsandbytes,
-    check_library,
-    with_adapters,
-    write_bitsandbytes,
-)
+from mmtool.export.libraries import PACKAGES, Calibrated, check_library, with_adapters
 from mmtool.export.merge_lora import MergedWeights, NotStreamable
 from mmtool.export.output import whole_folder, write_settings
 from mmtool.export.push import check_push, push
@@ -68,12 +62,7 @@ def export_main(args: ExportArgs) -> None:
         publish(args, source, source.named, [])
         return
     folder = output_folder(args, source)
-    if args.output.to_gguf:
-        table = export_gguf(args, source, folder)
-    elif args.quant.quant_method == "bnb":
-        table = export_bitsandbytes(args, source, folder, max_bytes)
-    else:
-        table = export_model(args, source, folder, max_bytes)
+    table = export_gguf(args, source, folder) if args.output.to_gguf else export_model(args, source, folder, max_bytes)
     logger.info("%s\n%s", f"written: {folder}", format_rows(table))
     if args.push.push_to_hub:
         publish(args, source, folder, table)
@@ -177,21 +166,6 @@ def export_gguf(args: ExportArgs, source: Source, folder: Path) -> Table:
     return table
 
 
-def export_bitsandbytes(args: ExportArgs, source: Source, folder: Path, max_bytes: int) -> Table:
-    """Write a folder of a model of transformers, quantised by bitsandbytes, as transformers stores it."""
-    given = args.quant
-    check_bitsandbytes(source.spec, bool(source.adapters))
-    release = read_release(source.spec, source.folder, source.model_kwargs)
-    layers = linear_layers(release.network, source.spec, given.quant_parts, given.quant_modules_to_not_convert)
-    with whole_folder(folder, overwrite=args.output.overwrite, needed=release.nbytes) as partial:
-        count = write_bitsandbytes(partial, source, layers, given.quant_bits, args.model.device_map, max_bytes)
-        write_beside(args, source, partial)
-        table: Table = [("model", source.spec.model_type), ("source", str(source.named))]
-        table += [("quantised", f"{count} layers to {given.quant_bits} bits"), *written_rows(partial)]
-        table += check(args, source, partial, stored_dtype(release, None), quantised=True)
-    return table
-
-
 def whole_first(reason: NotStreamable) -> MMToolError:
     """Return the error of an adapter that has to be merged before anything else can be done."""
     return MMToolError(
@@ -226,9 +200,9 @@ def check(
         )
         if adapters:
             model = attach_adapters(model, adapters)
-        measured.append(measure(model, rows, f"answering {title}"))
+        measured.append(measure(model, rows, f"answering {title}", *measured))
         del model
-    return describe(*measured, rows.origin)
+    return describe(*measured, rows.origin, int(args.quant.quant_bits))
 
 
 def make_quantiser(args: ExportArgs, source: Source, release: Release, stored: torch.dtype) -> WeightQuantiser | None:
@@ -237,6 +211,8 @@ def make_quantiser(args: ExportArgs, source: Source, release: Release, stored: t
     if given.quant_method is None:
         return None
     layers = linear_layers(release.network, source.spec, given.quant_parts, given.quant_modules_to_not_convert)
+    if given.quant_method == "bnb":
+        return BitsAndBytes(release, layers, given, stored)
     scales = torch.float32 if given.quant_bits == "8" else stored  # next to a whole row they take no room
     if given.quant_method == "torchao":
         return WeightQuantiser(layers, given, scales)

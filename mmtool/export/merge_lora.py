@@ -21,6 +21,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, Linear, _ConvNd
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmtool.errors import CheckpointError
@@ -66,7 +67,12 @@ class AdapterWeights:
         self._init = config.init_lora_weights
         self.keeps_tie = bool(getattr(config, "ensure_weight_tying", False))
         config.init_lora_weights, config.inference_mode = True, True
-        state = {name: tensor.float() for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+        try:
+            state = {name: tensor.float() for name, tensor in load_peft_weights(str(folder), device="cpu").items()}
+        except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+            raise CheckpointError(
+                f"cannot read the adapter in {folder}: {error}", "Take it from its run again."
+            ) from error
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about tied heads: those are looked after when weights are written

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from mmtool.errors import MMToolError
 from mmtool.finetuned import ADAPTER_CONFIG, RECORD, SETTINGS, TRAINER_STATE, VAL_DATASET
-from mmtool.models.common.folders import read_json
+from mmtool.models.common.folders import dump_json, read_json, sync_files
 
 PARTIAL, REPLACED = ".unfinished-", ".replaced-"
 _SPARE = 64 << 20  # bytes that stay free beside what is written
-_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx|tflite|index\.json)|training_args\.bin")
 # What training leaves in a checkpoint, and what belongs to the page of another model.
-_LEFT_OUT = {SETTINGS, ADAPTER_CONFIG, RECORD, TRAINER_STATE, VAL_DATASET, "README.md", "latest", "zero_to_fp32.py"}
+_LEFT_OUT = (SETTINGS, ADAPTER_CONFIG, RECORD, TRAINER_STATE, VAL_DATASET, "README.md", "latest", "zero_to_fp32.py")
+LEFT_OUT = re.compile("|".join(map(re.escape, _LEFT_OUT)))
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(folder: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
     """Give a sibling to write to, which becomes ``folder`` at the end; nothing is left of it after an error.
 
@@ -35,10 +34,7 @@ def whole_folder(folder: Path, *, overwrite: bool, needed: int) -> Iterator[Path
     Raises:
         MMToolError: where it exists, the disk has no room, or writing fails.
     """
-    if folder.exists() and not overwrite:
-        raise MMToolError(
-            f"--output_dir {folder} exists already", "Name another folder, or replace it with --overwrite true."
-        )
+    folder = _place(folder, overwrite)
     partial = folder.with_name(f"{PARTIAL}{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +45,7 @@ def whole_folder(folder: Path, *, overwrite: bool, needed: int) -> Iterator[Path
         raise MMToolError(f"cannot write to {folder.parent}: {error.strerror}", "Name another --output_dir.") from error
     try:
         yield partial
-        _sync(partial)
+        sync_files(partial)
         _replace(partial, folder)
     except OSError as error:
         raise MMToolError(
@@ -57,6 +53,35 @@ def whole_folder(folder: Path, *, overwrite: bool, needed: int) -> Iterator[Path
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _place(folder: Path, overwrite: bool) -> Path:
+    """Return where a folder really lies.
+
+    Raises:
+        MMToolError: where something lies there that is not to be replaced.
+    """
+    real = folder.resolve()
+    _restore(real)
+    if not folder.exists() and not folder.is_symlink():
+        return real
+    if not overwrite:
+        raise MMToolError(
+            f"--output_dir {folder} exists already", "Name another folder, or replace it with --overwrite true."
+        )
+    if not real.is_dir():
+        raise MMToolError(f"--output_dir {folder} is no folder", "Name another one, or remove it.")
+    if Path.cwd().is_relative_to(real):
+        raise MMToolError(f"--output_dir {folder} holds the folder you are in", "Name another folder.")
+    return real
+
+
+def _restore(folder: Path) -> None:
+    """Put a folder back that a run has moved away, and then was killed before it put the new one there."""
+    replaced = folder.with_name(f"{REPLACED}{folder.name}")
+    if replaced.is_dir() and not folder.exists():
+        with contextlib.suppress(OSError):  # then what is written fails, and says so
+            os.replace(replaced, folder)
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -83,34 +108,12 @@ def _replace(partial: Path, folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def is_beside_weights(path: Path) -> bool:
-    """Tell whether a file of a release belongs into a copy with other weights."""
-    return not _WEIGHTS.fullmatch(path.name) and path.name not in _LEFT_OUT
-
-
-def copy_beside_weights(source: Path, target: Path) -> None:
-    """Copy what a released folder has beside weights: configuration, tokenizer, processors, its own code."""
-    for path in sorted(source.rglob("*")):
-        inner = path.relative_to(source)
-        hidden = any(part.startswith((".", "global_step", "checkpoint-")) for part in inner.parts)
-        if path.is_file() and not hidden and is_beside_weights(path) and not (target / inner).exists():
-            (target / inner).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inner)
-
-
 def edit_config(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change ``config.json`` of a folder; its other keys stay as the release has them."""
     path = folder / "config.json"
     config = read_json(path)
     change(config)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    dump_json(path, config)
 
 
 def set_dtype(config: dict[str, Any], name: str) -> None:
@@ -134,7 +137,7 @@ def set_untied(config: dict[str, Any]) -> None:
 def write_settings(folder: Path, run: Mapping[str, Any] | None, infer: Mapping[str, Any], export: Any) -> None:
     """Write ``sft_args.json``: what the run was told, what inference needs to know, what was exported from what."""
     value = {**(run or {}), "infer": {**((run or {}).get("infer") or {}), **infer}, "export": export}
-    (folder / SETTINGS).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    dump_json(folder / SETTINGS, value)
 
 
 def folder_size(folder: Path) -> int:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from mmtool.args import PushArgs
 from mmtool.errors import MMToolError
 from mmtool.finetuned import TRAINER_STATE, VAL_DATASET
+from mmtool.groups.export import PushArgs
 from mmtool.log import get_logger
 
 logger = get_logger(__name__)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmtool.args import QuantArgs
 from mmtool.errors import MMToolError
 from mmtool.export.shards import Entry
 from mmtool.export.table import format_size
+from mmtool.groups.export import QuantArgs
 from mmtool.loader import fit_layout
 from mmtool.models.common.quantised import CONFIG_KEY, DATA, SCALE, ZERO, Numbers, load_torchao, pack, quantise
 from mmtool.sft.parts import PartNames
@@ -34,7 +34,7 @@ def linear_layers(
         left_out: names of layers, or ends of names, that are left out.
 
     Raises:
-        MMToolError: for a part or a layer that does not exist.
+        MMToolError: for a part or a layer that does not exist, or where there is none.
     """
     layout = fit_layout(spec, network).parts
     wanted = list(parts) or ["llm"]
@@ -48,6 +48,11 @@ def linear_layers(
         for name, module in network.named_modules()
         if type(module) is nn.Linear and module is not head and part_of(name) in wanted
     }
+    if not found:
+        raise MMToolError(
+            f"no layer can be quantised: {', '.join(wanted)} of this model has no plain linear layers",
+            "It can be exported as it is, with --dtype bf16 or fp16.",
+        )
     for word in left_out:
         hits = [name for name in found if name == word or name.endswith(f".{word}") or name.startswith(f"{word}.")]
         if not hits:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mmtool.args import ExportArgs, SftDataArgs
+from mmtool.args import ExportArgs
 from mmtool.data.train import load_training_data
 from mmtool.export.source import Source
 from mmtool.export.verify import conversations
+from mmtool.groups.sft import SftDataArgs
 from mmtool.loader import get_template, load_processor
 from mmtool.messages import Message
 from mmtool.models.common.folders import read_json

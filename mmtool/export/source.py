@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +68,7 @@ def open_source(args: ExportArgs) -> Source:
     """
     given = args.source
     parsed = [parse_adapter(text) for text in given.adapters]
-    opened = [open_finetuned(folder) for folder, _ in parsed] if parsed else []
+    opened = [open_finetuned(folder, "--adapters") for folder, _ in parsed]
     if given.ckpt_dir is not None:
         opened, parsed = [open_finetuned(given.ckpt_dir)], [(given.ckpt_dir, 1.0)]
     for finetuned in opened:
@@ -102,12 +103,21 @@ def open_source(args: ExportArgs) -> Source:
 
 
 def parse_adapter(text: str) -> tuple[str, float]:
-    """Return folder and weight of ``FOLDER:0.7``; without a number it counts whole."""
+    """Return folder and weight of ``FOLDER:0.7``; without a number it counts whole.
+
+    Raises:
+        MMToolError: where what stands behind a folder is no number.
+    """
     folder, separator, number = text.rpartition(":")
-    try:
-        return (folder, float(number)) if separator else (text, 1.0)
-    except ValueError:
+    if not separator or Path(text).expanduser().exists():
         return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight) and Path(folder).expanduser().exists():
+        raise MMToolError(f"--adapters {text}: {number!r} is no weight", f"Write it like {folder}:0.7.")
+    return (folder, weight) if math.isfinite(weight) else (text, 1.0)
 
 
 def _needs_whole_model(args: ExportArgs) -> bool:

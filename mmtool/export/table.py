@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmtool.export.output import folder_size
+from mmtool.utils import counted
 
 
 def format_size(size: float) -> str:
@@ -23,8 +24,8 @@ def written_rows(folder: Path) -> list[tuple[str, str]]:
     size = sum(path.stat().st_size for path in weights)
     others = sum(1 for path in folder.rglob("*") if path.is_file()) - len(weights)
     return [
-        ("weights", f"{format_size(size)} in {_count(len(weights), 'file')}"),
-        ("other files", f"{_count(others, 'file')}, {format_size(folder_size(folder) - size)}"),
+        ("weights", f"{format_size(size)} in {counted(len(weights), 'file')}"),
+        ("other files", f"{counted(others, 'file')}, {format_size(folder_size(folder) - size)}"),
     ]
 
 
@@ -32,7 +33,3 @@ def format_rows(rows: Sequence[tuple[str, str]]) -> str:
     """Return the table as text."""
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

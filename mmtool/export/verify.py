@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.export.merge_lora import Adapter
+from mmtool.export.progress import Progress
 from mmtool.export.source import Source
 from mmtool.finetuned import attach_adapter
 from mmtool.loader import get_template, load_model, load_processor
@@ -110,8 +111,11 @@ def verify(
     """
     dtype = compute_dtype(source.folder, stored, device_map)
     exact = one_format and dtype == torch.float32 and is_merged_by_peft(source.adapters)
-    expected, without, rounded, ids = reference(source, dtype, device_map, stored if exact else None)
-    found = logits_of_folder(source, written, dtype, device_map, ids)
+    prompts = len(conversations(source.spec, source.system))
+    passes = 2 + (1 + exact if source.adapters else 0)
+    with Progress("verifying", prompts * (2 + passes)) as progress:  # to load a model counts as a pass
+        expected, without, rounded, ids = reference(source, dtype, device_map, stored if exact else None, progress)
+        found = logits_of_folder(source, written, dtype, device_map, ids, progress)
     comparison = compare(expected, found, without, BOUNDS[stored if dtype == torch.float32 else dtype], dtype)
     if rounded is not None and without is not None:
         merged, effect = _largest(rounded, found), _largest(rounded, without)
@@ -120,9 +124,12 @@ def verify(
         least = ROUNDED_BOUNDS[torch.float32] * comparison.spread
         comparison = replace(comparison, merged=merged, merged_bound=max(bound, least))
     if not comparison.passes:
+        reason = (
+            "The adapter may not belong to this model" if source.adapters else "Give a wider number format (--dtype)"
+        )
         raise MMToolError(
             f"what was written does not answer as its source does: {comparison}; nothing was kept",
-            "The adapter may not belong to this model; --verify false writes it all the same.",
+            f"{reason}; --verify false writes it all the same.",
         )
     if comparison.effect is not None and comparison.difference > comparison.effect / 2 and stored != torch.float32:
         logger.warning(
@@ -155,7 +162,7 @@ def is_merged_by_peft(adapters: Sequence[Adapter]) -> bool:
 
 
 def reference(
-    source: Source, dtype: torch.dtype, device_map: Any, stored: torch.dtype | None
+    source: Source, dtype: torch.dtype, device_map: Any, stored: torch.dtype | None, progress: Progress
 ) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None, list[list[int]]]:
     """Return the logits of the source, and the ids of the prompts.
 
@@ -172,15 +179,16 @@ def reference(
     )
     template = get_template(source.spec, processor)
     rows = [template.encode(messages, train=True) for messages in conversations(source.spec, source.system)]
+    progress.advance(len(rows))
     without = None
     if source.adapters:
-        without = [logits(model, template, row) for row in rows]
+        without = all_logits(model, template, rows, progress)
         model = attach_adapters(model, source.adapters)
-    found = [logits(model, template, row) for row in rows]
+    found = all_logits(model, template, rows, progress)
     rounded = None
     if stored is not None and not changes_tied_weights(model):
         merge_and_round(model, stored)
-        rounded = [logits(model, template, row) for row in rows]
+        rounded = all_logits(model, template, rows, progress)
     return found, without, rounded, [row["input_ids"] for row in rows]
 
 
@@ -202,7 +210,7 @@ def merge_and_round(model: nn.Module, stored: torch.dtype) -> None:
 
 
 def logits_of_folder(
-    source: Source, folder: Path, dtype: torch.dtype, device_map: Any, ids: Sequence[list[int]]
+    source: Source, folder: Path, dtype: torch.dtype, device_map: Any, ids: Sequence[list[int]], progress: Progress
 ) -> list[Tensor]:
     """Return the logits of a written folder, whose own processor prepares the same prompts.
 
@@ -222,7 +230,17 @@ def logits_of_folder(
     rows = [template.encode(messages, train=True) for messages in conversations(source.spec, source.system)]
     if [row["input_ids"] for row in rows] != list(ids):
         raise CheckpointError("the tokenizer that was written gives other ids than that of the source")
-    return [logits(model, template, row) for row in rows]
+    progress.advance(len(rows))
+    return all_logits(model, template, rows, progress)
+
+
+def all_logits(model: Any, template: Any, rows: Sequence[dict[str, Any]], progress: Progress) -> list[Tensor]:
+    """Return the logits of encoded rows, see ``logits``."""
+    found = []
+    for row in rows:
+        found.append(logits(model, template, row))
+        progress.advance()
+    return found
 
 
 @torch.no_grad()

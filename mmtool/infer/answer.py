@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mmtool.engine.base import Answer, Engine, Request, Sampling, request_from
-from mmtool.messages import Message
+from mmtool.messages import Message, Text, split_inline_media
 from mmtool.spec import ModelSpec
 from mmtool.template.base import Template
 
@@ -28,6 +28,20 @@ class Model:
 
             Console(stderr=True).print(self.template.show(messages), soft_wrap=True)
         return request_from(self.template, messages, self.sampling)
+
+
+MEDIA_TAGS = ("<img>", "</img>", "<audio>", "</audio>")
+
+
+def note_on_tags(text: str, spec: ModelSpec) -> str | None:
+    """Return what to say about media tags in a question that stay text; None where there are none."""
+    parts = split_inline_media(text)
+    if spec.media_style != "inline":
+        tagged = any(not isinstance(part, Text) for part in parts)
+        return f"{spec.model_type} does not look for media in the text: the tags are text to it" if tagged else None
+    left = "".join(part.text for part in parts if isinstance(part, Text))
+    tag = next((tag for tag in MEDIA_TAGS if tag in left), None)
+    return f"{tag} lacks its other half, so it is text to the model" if tag else None
 
 
 def stream_answer(

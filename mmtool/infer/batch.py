@@ -14,13 +14,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mmtool.args import InferDataArgs
-from mmtool.data.dataset import read_conversations, read_rows
+from mmtool.data.dataset import SUFFIXES, read_conversations, read_rows
 from mmtool.data.records import TAGS, Conversation
-from mmtool.data.registry import DATASETS
+from mmtool.data.registry import DATASETS, DatasetSpec
 from mmtool.data.sources import single_file
 from mmtool.engine.base import Request
 from mmtool.errors import DataError, MMToolError, TooLongError
+from mmtool.groups.infer import InferDataArgs
 from mmtool.infer.answer import Model
 from mmtool.infer.prefetch import Prefetch
 from mmtool.infer.progress import Progress
@@ -29,6 +29,7 @@ from mmtool.log import get_logger
 from mmtool.media import describe_source
 from mmtool.messages import Audio, Image, Message, Text
 from mmtool.spec import ModelSpec
+from mmtool.utils import counted, did_you_mean
 
 REPORTED_ERRORS = 5
 """How many bad rows stderr tells about; the result file names them all."""
@@ -72,22 +73,26 @@ class DatasetRun:
         options: what was asked for.
         spec: the model that will answer.
         system: the system text of rows that bring none; None for the template's own.
+        name: what the result file is called after beside the dataset; None for the model type.
     """
 
-    def __init__(self, options: InferDataArgs, spec: ModelSpec, system: str | None = None) -> None:
-        named = DATASETS.get(options.val_dataset)
+    def __init__(
+        self, options: InferDataArgs, spec: ModelSpec, system: str | None = None, name: str | None = None
+    ) -> None:
+        options, named = find_dataset(options)
         self.options = options
-        self.dataset = single_file(named) if named else Path(options.val_dataset)
+        self.dataset = single_file(named) if named else Path(options.val_dataset).expanduser()
         data_format = options.dataset_format or (named.format if named else None)
         rows = read_dataset(self.dataset, options, spec, system, data_format)
         first = next(rows, None)  # a dataset that cannot be read must not cost the result file
-        path = Path(options.result_path or f"{self.dataset.stem}.{spec.model_type}.jsonl")
+        path = Path(options.result_path or f"{self.dataset.stem}.{name or spec.model_type}.jsonl")
         check_result_path(path, self.dataset, resume=options.resume, overwrite=options.overwrite)
         self.failed = self.told = 0
         self.results = ResultFile(path, resume=options.resume)
         self._rows = chain([first] if first else [], rows)
         try:
-            skip_answered(self._rows, self.results, self.dataset)
+            if options.resume:
+                skip_answered(self._rows, self.results, self.dataset)
             self._next = next(self._rows, None)
         except BaseException:  # raised again; the file is open, and nobody else can close it yet
             self.results.close()
@@ -122,7 +127,8 @@ class DatasetRun:
             ):
                 stopped_by = self._answer(model, encoded, progress)
         except KeyboardInterrupt:
-            logger.warning("stopped after %d rows; run it again with --resume true to go on", self.results.written)
+            done = counted(self.results.written, "row")
+            logger.warning("stopped after %s; run it again with --resume true to go on", done)
             raise
         logger.info("%s: %s", self.results.path, progress.summary(self.failed))
         if stopped_by is not None:
@@ -191,6 +197,27 @@ class DatasetRun:
         return f"{place}: {text}"
 
 
+def find_dataset(options: InferDataArgs) -> tuple[InferDataArgs, DatasetSpec | None]:
+    """Return the options with ``NAME#500`` taken apart, and the named set that is meant; None for a file.
+
+    Raises:
+        MMToolError: where ``--val_dataset`` is neither.
+    """
+    text = options.val_dataset
+    name, _, count = text.rpartition("#")
+    if name and count.isdecimal() and int(count) and not Path(text).expanduser().exists():
+        options = dataclasses.replace(options, val_dataset=name, val_dataset_sample=int(count))
+    path = Path(options.val_dataset).expanduser()
+    named = DATASETS.get(options.val_dataset)
+    if named is None and not path.exists() and path.suffix.lower() not in SUFFIXES:
+        listed = f"Give a file ({', '.join(SUFFIXES)}), or a name: {', '.join(DATASETS)}."
+        raise MMToolError(
+            f"--val_dataset {text}: there is no such file and no dataset of this name",
+            did_you_mean(options.val_dataset, DATASETS, listed),
+        )
+    return options, named
+
+
 def read_dataset(
     path: Path, options: InferDataArgs, spec: ModelSpec, system: str | None, format: str | None
 ) -> Iterator[Row]:
@@ -251,8 +278,8 @@ def skip_answered(rows: Iterator[Row], results: ResultFile, dataset: Path) -> No
         row = next(rows, None)
         if row is None:
             raise MMToolError(
-                f"--result_path {results.path} has {results.written} rows or more, and there are only "
-                f"{results.written - 1} to answer",
+                f"--result_path {results.path} has {counted(results.written, 'row')} or more, and there "
+                f"are only {results.written - 1} to answer",
                 "Go on with the dataset and the --val_dataset_sample that the file was made with.",
             )
         differing = [

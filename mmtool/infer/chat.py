@@ -15,7 +15,7 @@ from contextlib import nullcontext
 
 from mmtool.engine.base import Answer
 from mmtool.errors import MMToolError, TooLongError
-from mmtool.infer.answer import Model, stream_answer
+from mmtool.infer.answer import Model, note_on_tags, stream_answer
 from mmtool.infer.terminal import StopOnInterrupt, Terminal
 from mmtool.media import looks_like_sound
 from mmtool.messages import Audio, Image, Message, Part, Text, split_inline_media
@@ -112,6 +112,9 @@ class Chat:
     def _read_media(self, text: str) -> Message | None:
         """Return the question with its media, which have been opened; None if it was dropped."""
         style = self.model.spec.media_style
+        note = note_on_tags(text, self.model.spec)
+        if note:
+            self.terminal.say(f"({note})")
         if style == "round":
             media = self._ask_media()
             return None if media is None else Message("user", (*media, Text(text)))
@@ -163,7 +166,8 @@ class Chat:
                 if answer.text or answer.finish_reason:
                     self.turns = [*earlier, question, Message("assistant", (Text(answer.text),))]
         except TooLongError as error:
-            self._report(TooLongError(error.message, LONG_HINT, length=error.length, limit=error.limit))
+            hint = LONG_HINT if earlier else "ask a shorter question, or give a smaller picture"
+            self._report(TooLongError(error.message, hint, length=error.length, limit=error.limit))
         except MMToolError as error:
             self._report(error)
         except Exception:  # a bug: show it, but do not take the conversation from the person at the keyboard
@@ -346,7 +350,7 @@ def _unquote(text: str) -> str:
 
 
 def to_dict(message: Message) -> dict[str, object]:
-    """Return the message as OpenAI-like JSON; media stand as they were given."""
+    """Return the message as OpenAI-like JSON; files stand with their whole path, so that any folder can hold it."""
     if not message.media:
         return {"role": message.role, "content": message.text}
     return {"role": message.role, "content": [_part_to_dict(part) for part in message.parts]}
@@ -356,4 +360,9 @@ def _part_to_dict(part: Part) -> dict[str, str]:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
     kind = "image" if isinstance(part, Image) else "audio"
-    return {"type": kind, kind: str(part.source)}
+    return {"type": kind, kind: _anywhere(str(part.source))}
+
+
+def _anywhere(source: str) -> str:
+    path = os.path.expanduser(source)
+    return os.path.abspath(path) if os.path.exists(path) else source

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mmtool import log
-from mmtool.args import InferArgs, PromptArgs, SamplingArgs
+from mmtool.args import InferArgs
 from mmtool.engine.base import Sampling
 from mmtool.engine.create import open_engine
 from mmtool.errors import CheckpointError, TooLongError
 from mmtool.finetuned import FineTuned, open_finetuned
+from mmtool.groups.prompt import PromptArgs, SamplingArgs
 from mmtool.infer.answer import Model
 from mmtool.infer.batch import DatasetRun
 from mmtool.infer.chat import run_chat
@@ -43,7 +44,8 @@ def infer_main(args: InferArgs) -> None:
         model = load(args, spec, folder, template, finetuned)
         answer_question(model, messages, as_json=args.input.json, stream=args.generation.stream)
     elif args.data.val_dataset is not None:
-        with DatasetRun(args.data, spec, system) as run:
+        name = None if finetuned is None else finetuned.folder.name
+        with DatasetRun(args.data, spec, system, name) as run:
             if run.finished:
                 logger.info("%s: every row is answered already", run.results.path)
             else:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mmtool.log import get_logger
+from mmtool.utils import counted
 
 BAR_PAUSE, LINE_PAUSE, MAX_LINE_PAUSE = 0.1, 5.0, 60.0  # seconds
 
@@ -43,8 +44,7 @@ class Progress:
     def summary(self, failed: int) -> str:
         """Say what was done, as a line for the end."""
         seconds = time.monotonic() - self._start
-        rates = f"{self.rows / seconds:.3g} rows/s, {self.tokens / seconds:.0f} tokens/s"
-        return f"{self.rows} rows ({failed} failed) in {seconds:.1f} s, {rates}"
+        return f"{counted(self.rows, 'row')} ({failed} failed) in {seconds:.1f} s, {self._rates(seconds)}"
 
     def advance(self, rows: int, tokens: int) -> None:
         """Count what was finished."""
@@ -62,10 +62,10 @@ class Progress:
     def _show(self) -> None:
         if self._bar is not None:
             task = self._bar.task_ids[0]
-            self._bar.update(task, completed=self.done + self.rows, description=self._rates())
+            self._bar.update(task, completed=self.done + self.rows, description=self._rates_and_rest())
         else:
             of_total = "" if self.total is None else f" of {self.total}"
-            logger.info("%d%s rows, %s", self.done + self.rows, of_total, self._rates())
+            logger.info("%d%s rows, %s", self.done + self.rows, of_total, self._rates_and_rest())
 
     def __enter__(self) -> Progress:
         self._start = self._shown = time.monotonic()
@@ -80,9 +80,14 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    def _rates(self) -> str:
+    def _rates(self, seconds: float) -> str:
+        rows, seconds = self.rows, max(seconds, 1e-3)
+        rate = f"{rows / seconds:.0f}" if rows >= 100 * seconds else f"{rows / seconds:.3g}"
+        return f"{rate} rows/s, {self.tokens / seconds:.0f} tokens/s"
+
+    def _rates_and_rest(self) -> str:
         seconds = time.monotonic() - self._start
-        text = f"{self.rows / seconds:.3g} rows/s, {self.tokens / seconds:.0f} tokens/s"
+        text = self._rates(seconds)
         if self.total is None or not self.rows:
             return text
         left = round((self.total - self.done - self.rows) * seconds / self.rows)

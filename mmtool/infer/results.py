@@ -8,12 +8,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from mmtool.errors import MMToolError
+
+try:
+    import fcntl
+except ImportError:  # not part of Python on Windows: two runs into one file are then not told apart
+    fcntl = None
 
 
 def check_result_path(path: Path, dataset: Path, *, resume: bool, overwrite: bool) -> None:
@@ -42,8 +49,11 @@ class ResultFile:
     """Writes records in the order of their index, each as soon as it and all before it are there.
 
     Args:
-        path: the file; its folder is made if need be.
+        path: the file; its folder is made if need be. A pipe or a device will do where there is nothing to go on with.
         resume: keep the lines that are there, and count on from them.
+
+    Raises:
+        MMToolError: where the file cannot be written, or another process is writing it.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -53,7 +63,12 @@ class ResultFile:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # Unbuffered: a line that was added is out of this process, and survives its end.
-            self._file = open(path, "r+b" if resume and path.exists() else "w+b", buffering=0)  # noqa: SIM115
+            self._file = FileIO(os.open(path, os.O_CREAT | os.O_RDWR, 0o666), "r+")
+            self._is_file = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+            if self._is_file:
+                self._lock()
+                if not resume:
+                    self._file.truncate(0)
         except OSError as error:
             raise self._error(error) from error
         self._end = 0  # of the last whole line that is known
@@ -65,6 +80,8 @@ class ResultFile:
         Raises:
             MMToolError: for a line, other than a torn last one, that is not a JSON object.
         """
+        if not self._is_file:
+            return
         with open(self.path, "rb") as file:
             for raw in file:
                 record = _parse(raw)
@@ -91,8 +108,8 @@ class ResultFile:
 
     def close(self) -> None:
         """Close the file, its last line whole."""
-        if self._writing:
-            with contextlib.suppress(OSError):  # a device cannot be cut, and has no lines to keep whole
+        if self._writing and self._is_file:  # others have no lines to keep whole
+            with contextlib.suppress(OSError):
                 self._file.truncate(self._end)
         self._file.close()
 
@@ -109,13 +126,29 @@ class ResultFile:
         rest = memoryview(line)
         self._writing = True
         try:
-            self._file.seek(self._end)
+            if self._is_file:
+                self._file.seek(self._end)
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             raise self._error(error) from error
         self._end += len(line)
         self._writing = False
+
+    def _lock(self) -> None:
+        """Keep other runs out until this process ends, however it does."""
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise MMToolError(
+                f"--result_path {self.path} is being written by another run",
+                "Wait until that one has ended, or give another file.",
+            ) from None
+        except OSError:  # a network file system without locks
+            pass
 
     def _error(self, error: OSError) -> MMToolError:
         return MMToolError(

@@ -7,10 +7,10 @@ import sys
 import time
 
 from mmtool import log
-from mmtool.args import InputArgs
 from mmtool.engine.base import Answer
 from mmtool.errors import MMToolError
-from mmtool.infer.answer import Model, stream_answer
+from mmtool.groups.infer import InputArgs
+from mmtool.infer.answer import Model, note_on_tags, stream_answer
 from mmtool.infer.terminal import write_answer
 from mmtool.messages import Audio, Image, Message, Text, split_inline_media
 from mmtool.spec import ModelSpec
@@ -31,6 +31,9 @@ def read_question(given: InputArgs, spec: ModelSpec, system: str | None = None) 
             takes = " and ".join(("text", *spec.modalities))
             raise MMToolError(f"--{option}: {spec.model_type} takes {takes} only", f"Leave --{option} out.")
     query = sys.stdin.read().rstrip("\n") if given.query == "-" else given.query
+    note = note_on_tags(query, spec)
+    if note:
+        logger.warning("--query: %s", note)
     text = split_inline_media(query) if spec.media_style == "inline" else (Text(query),)
     media = (*map(Image, given.images), *map(Audio, given.audios))
     if media and len(text) > 1:

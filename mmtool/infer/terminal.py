@@ -88,8 +88,8 @@ class Terminal:
         readline.set_completer(complete_path)
         libedit = "libedit" in (readline.__doc__ or "")
         readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-        if not libedit:  # in a C locale, bytes above 127 would be keys with Meta
-            for setting in ("input-meta on", "output-meta on", "convert-meta off"):
+        if not libedit:  # in a C locale, bytes above 127 would be keys with Meta; several pasted lines are one question
+            for setting in ("input-meta on", "output-meta on", "convert-meta off", "enable-bracketed-paste on"):
                 readline.parse_and_bind(f"set {setting}")
 
 

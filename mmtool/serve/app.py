@@ -27,6 +27,7 @@ from mmtool.template.base import Template
 
 Whole = TypeVar("Whole", bound=BaseModel)
 
+_NOWHERE = "There is nothing at this address. The interface is below /v1, where the base URL of a client ends."
 PARSED_AT_ONCE = 64 * 1024  # bytes of a body that the event loop reads itself
 HEADERS_AFTER = 5.0  # seconds a stream waits for its first token, so that a failure can still have a status
 
@@ -53,7 +54,7 @@ def create_app(settings: ServeSettings, worker: EngineWorker, template: Template
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # clients send some of their own, such as OpenAI's X-Stainless-Lang
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_exception_handler(ApiError, _on_api_error)
@@ -101,9 +102,12 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def get_model(name: str) -> dict[str, Any]:
         """Tell of one model."""
+        if not name:
+            return await list_models()
         return _model(service.card, service.find_model(name)[0])
 
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)  # some balancers and monitors ask so
     async def health() -> Response:
         """Tell whether the server answers: 200, or 503 while it stops and where its engine does not get on."""
         if service.draining:
@@ -184,6 +188,6 @@ async def _on_api_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for it"
-    words = {404: "There is nothing at this address.", 405: "This address takes another method."}
+    words = {404: _NOWHERE, 405: "This address takes another method."}
     found = ApiError(error.status_code, words.get(error.status_code, str(error.detail)), headers=error.headers)
     return JSONResponse(found.body(), found.status, headers=found.headers)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mmtool.messages import Audio, Image, Message, Part, Text, ToolCall
+from mmtool.messages import Audio, Image, Message, Part, Text, ToolCall, shown
 from mmtool.serve.errors import bad_request
 
 _ROLES = {
@@ -60,7 +60,7 @@ def read_conversation(given: Sequence[Mapping[str, Any]], modalities: Sequence[s
         place = f"messages[{index}]"
         role = item.get("role")
         if not isinstance(role, str) or role not in _ROLES:
-            raise bad_request(f"{place}.role: expected one of {', '.join(_ROLES)}, got {_shown(role)}", f"{place}.role")
+            raise bad_request(f"{place}.role: expected one of {', '.join(_ROLES)}, got {shown(role)}", f"{place}.role")
         calls = _tool_calls(item.get("tool_calls"), role, place)
         parts = _content(item.get("content"), role, place, bool(calls), conversation)
         call_id = item.get("tool_call_id") if role == "tool" else None
@@ -88,7 +88,7 @@ def _content(content: Any, role: str, place: str, may_miss: bool, into: Conversa
     if content is None and may_miss:
         return (Text(""),)
     if not isinstance(content, list) or not content:
-        found = "is missing" if content is None else f"expected a string or a list of parts, got {_shown(content)}"
+        found = "is missing" if content is None else f"expected a string or a list of parts, got {shown(content)}"
         raise bad_request(f"{place}: {found}", place)
     return tuple(_part(part, role, f"{place}[{index}]", into) for index, part in enumerate(content))
 
@@ -98,11 +98,11 @@ def _part(part: Any, role: str, place: str, into: Conversation) -> Part:
     value = part.get(kind) if isinstance(kind, str) else None
     if kind in ("text", "refusal") and (kind == "text" or role == "assistant"):
         if not isinstance(value, str):
-            raise bad_request(f"{place}.{kind}: expected a string, got {_shown(value)}", place)
+            raise bad_request(f"{place}.{kind}: expected a string, got {shown(value)}", place)
         return Text(value)
     if kind not in ("image_url", "audio_url", "input_audio"):
         raise bad_request(
-            f"{place}.type: expected text, image_url, input_audio or audio_url, got {_shown(kind)}", f"{place}.type"
+            f"{place}.type: expected text, image_url, input_audio or audio_url, got {shown(kind)}", f"{place}.type"
         )
     place = f"{place}.{kind}"
     source = _base64(value, place) if kind == "input_audio" else _url(value, place)
@@ -115,7 +115,7 @@ def _url(value: Any, place: str) -> str:
     url = value.get("url") if isinstance(value, dict) else value
     if not isinstance(url, str) or not _URL.match(url):
         raise bad_request(
-            f"{place}: expected a URL with https:// or a data URI, got {_shown(url)}", place, "invalid_media"
+            f"{place}: expected a URL with https:// or a data URI, got {shown(url)}", place, "invalid_media"
         )
     return url
 
@@ -124,10 +124,10 @@ def _base64(value: Any, place: str) -> str:
     """Return a data URI; the base64 is read where media are fetched, in a thread."""
     data = value.get("data") if isinstance(value, dict) else None
     if not isinstance(data, str) or not data:
-        raise bad_request(f"{place}: expected an object with base64 under data, got {_shown(value)}", place)
+        raise bad_request(f"{place}: expected an object with base64 under data, got {shown(value)}", place)
     named = value.get("format")
     if named is not None and named not in _AUDIO_FORMATS:
-        raise bad_request(f"{place}.format: expected one of {', '.join(_AUDIO_FORMATS)}, got {_shown(named)}", place)
+        raise bad_request(f"{place}.format: expected one of {', '.join(_AUDIO_FORMATS)}, got {shown(named)}", place)
     return f"data:audio/{named or 'x'};base64,{data}"
 
 
@@ -138,7 +138,7 @@ def _tool_calls(given: Any, role: str, place: str) -> tuple[ToolCall, ...]:
     if role != "assistant":
         raise bad_request(f"{place}: only the assistant calls tools", place)
     if not isinstance(given, list):
-        raise bad_request(f"{place}: expected a list, got {_shown(given)}", place)
+        raise bad_request(f"{place}: expected a list, got {shown(given)}", place)
     return tuple(_tool_call(call, f"{place}[{index}]") for index, call in enumerate(given))
 
 
@@ -152,8 +152,3 @@ def _tool_call(call: Any, place: str) -> ToolCall:
         return ToolCall.from_json(call["id"], name, arguments)
     except (ValueError, RecursionError) as error:
         raise bad_request(f"{place}.function.arguments: not a JSON object ({error})", place) from None
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:60]}..."

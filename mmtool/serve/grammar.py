@@ -15,8 +15,8 @@ from mmtool.serve.errors import ApiError, bad_request
 from mmtool.serve.vocabulary import Vocabulary
 
 MAX_SCHEMA = 100_000  # characters
-# Enough for any layout; without a limit, a weak model may write blanks to the end of its context.
-_LAYOUT = {"whitespace_pattern": r"[ \n\t]{0,40}"}
+# One line, or indented as deep as anybody does. With room for more blanks, a weak model fills it again and again.
+_LAYOUT = {"whitespace_pattern": r" ?(\r?\n[ \t]{0,40})?"}
 
 
 class TokenGrammar:

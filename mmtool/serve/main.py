@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import errno
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,12 +22,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from mmtool import log
-from mmtool.args import CapacityArgs, RequestMediaArgs, ServeArgs
+from mmtool.args import ServeArgs
 from mmtool.engine.base import Engine
 from mmtool.engine.create import open_engine
 from mmtool.engine.worker import EngineWorker
 from mmtool.errors import MMToolError
 from mmtool.finetuned import FineTuned, open_finetuned
+from mmtool.groups.serve import CapacityArgs, RequestMediaArgs
 from mmtool.infer.main import open_template, read_sampling
 from mmtool.loader import open_folder
 from mmtool.media import MediaLimits
@@ -56,13 +59,16 @@ def serve_main(args: ServeArgs) -> None:
         SystemExit: with 1, where the engine failed for good.
     """
     share_heaps()
+    if args.server.web_ui and find_spec("gradio") is None:
+        raise MMToolError("--web_ui true needs the package gradio", "Run: pip install 'mmtool[ui]'")
     keys = read_keys(args.server.api_key, args.server.api_key_file)
     limits = media_limits(args.media)
-    adapters = read_adapters(args.capacity, args.server.served_model_name)
     listener = listen(args.server.host, args.server.port)
     try:
         finetuned = _finetuned(args)
         spec, folder = open_folder(args.model.model_type, args.model.model_id_or_path, hub=args.model.hub)
+        names = tuple(dict.fromkeys(args.server.served_model_name)) or (_own_name(args, spec),)
+        adapters = read_adapters(args.capacity, names)
         template = open_template(
             args.template,
             spec,
@@ -72,7 +78,6 @@ def serve_main(args: ServeArgs) -> None:
             media_limits=limits,
         )
         engine, generation_config = _load(args, spec, folder, template, finetuned, adapters)
-        names = tuple(args.server.served_model_name) or (_own_name(args, spec),)
         card = ModelCard(
             names=names,
             root=_own_name(args, spec),
@@ -114,7 +119,8 @@ def run(
     app = create_app(settings, worker, template, card)
     if args.server.web_ui:
         import_object("mmtool.serve.ui:mount_ui")(app)  # gradio comes with the extra `ui`
-    server = Server(app, args.server.shutdown_timeout, lambda: _tell_address(listener, settings.api_keys))
+    page = next(iter(app.state.open_paths), None)
+    server = Server(app, args.server.shutdown_timeout, lambda: _tell_address(listener, settings.api_keys, page))
     try:
         server.run(sockets=[listener])
     except OSError as error:
@@ -242,10 +248,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _cannot_listen(host: str, port: int, error: OSError) -> MMToolError:
-    return MMToolError(
-        f"--port {port}: cannot listen at {host}:{port} ({(error.strerror or str(error)).lower()})",
-        "Stop what uses it, or give another --port.",
-    )
+    reason = (error.strerror or str(error)).lower()
+    if error.errno == errno.EADDRNOTAVAIL:
+        return MMToolError(f"--host {host}: not an address of this machine ({reason})", "Use 127.0.0.1.")
+    hint = "Stop what uses it, or give another --port."
+    if error.errno == errno.EACCES:
+        hint = "Give a --port from 1024 on."
+    return MMToolError(f"--port {port}: cannot listen at {host}:{port} ({reason})", hint)
 
 
 def media_limits(given: RequestMediaArgs) -> MediaLimits:
@@ -266,7 +275,7 @@ def media_limits(given: RequestMediaArgs) -> MediaLimits:
     )
 
 
-def read_adapters(given: CapacityArgs, served: Sequence[str] = ()) -> dict[str, Path]:
+def read_adapters(given: CapacityArgs, served: Sequence[str]) -> dict[str, Path]:
     """Return the folders of the adapters by name, which is none of ``served``; of a run folder its best checkpoint."""
     found = {}
     for module in given.lora_modules:
@@ -274,7 +283,8 @@ def read_adapters(given: CapacityArgs, served: Sequence[str] = ()) -> dict[str, 
         try:
             checkpoint = open_finetuned(path)
         except MMToolError as error:
-            raise MMToolError(f"--lora_modules {module}: {error.message}", error.hint) from None
+            reason = error.message.removeprefix(f"--ckpt_dir {path}: ")
+            raise MMToolError(f"--lora_modules {module}: {reason}", error.hint) from None
         if not checkpoint.is_adapter:
             raise MMToolError(f"--lora_modules {module}: holds a whole model", "Give it to --ckpt_dir.")
         if name in served:
@@ -323,23 +333,25 @@ def _load(
             preallocate=True,
             pack_weights=args.capacity.pack_weights,
             compile=args.capacity.compile,
+            prompts_beside=None,
         )
 
 
 def _tell(card: ModelCard, engine: Engine, worker: EngineWorker) -> None:
     logger.info(
-        "%s: %d answers at once, %d positions each, %.0f MiB for keys and values; %d more may wait",
+        "%s: %d answers at once, %d positions each; %d more may wait",
         ", ".join((*card.names, *card.adapters)),
         engine.max_batch_size,
         engine.max_model_len,
-        engine.kv_bytes / MEBIBYTE,
         worker.max_queue,
     )
 
 
-def _tell_address(listener: socket.socket, keys: tuple[str, ...]) -> None:
+def _tell_address(listener: socket.socket, keys: tuple[str, ...], page: str | None) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     if not keys and not host.startswith("127.") and host != "::1":
         logger.warning("everybody who reaches %s can use this server: there is no --api_key", shown)
     logger.info("serving at http://%s:%d/v1 after %.1f s", shown, port, time.perf_counter() - log.STARTED)
+    if page is not None:
+        logger.info("chat page at http://%s:%d%s", shown, port, page)

@@ -165,6 +165,7 @@ class Service:
                 sampling=sampling,
                 stop_token_ids=(*template.stop_token_ids, *self._stop_ids(body)),
                 strip=False,
+                continues=True,
                 hidden_token_ids=template.hidden_token_ids,
                 penalize_prompt=template.penalize_prompt,
                 adapter=adapter,
@@ -202,6 +203,8 @@ class Service:
             try:
                 while not opened.answers.ended:
                     for _, delta in await opened.answers.read():
+                        if delta.finish_reason is not None:
+                            self.metrics.ended(delta.usage)
                         if delta.error is not None:
                             raise as_api_error(delta.error)
                         if delta.text:

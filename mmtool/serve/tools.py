@@ -100,7 +100,7 @@ def _function(tool: Mapping[str, Any], place: str) -> tuple[str, Mapping[str, An
         )
     if schema is not None and not isinstance(schema, Mapping):
         raise bad_request(f"{place}.function.parameters: expected a JSON schema", f"{place}.function.parameters")
-    return name, schema or {"type": "object", "properties": {}}
+    return name, schema or {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def _forced(choice: str | Mapping[str, Any] | None, schemas: Mapping[str, Any]) -> tuple[str, ...]:
@@ -112,6 +112,8 @@ def _forced(choice: str | Mapping[str, Any] | None, schemas: Mapping[str, Any]) 
         return tuple(schemas)
     function = choice.get("function") if isinstance(choice, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
+    if name is None:
+        raise bad_request("tool_choice: expected auto, none, required, or a function by its name", "tool_choice")
     if name not in schemas:
         raise bad_request(f"tool_choice: {str(name)[:80]!r} is not one of the tools", "tool_choice")
     return (name,)

@@ -9,12 +9,13 @@ import mimetypes
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,6 +27,8 @@ from mmtool.serve.service import Service
 
 PATH = "/ui"
 KEPT_SECONDS = 3600  # how long files that people upload stay on disk
+REFRESH_SECONDS = 0.05  # the browser draws the whole answer again each time, and would not keep up with a fast model
+NOT_ANSWERED = "Not answered"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _KINDS = {"image": "image_url", "audio": "audio_url"}
 _NAMES = {"image": "pictures", "audio": "sounds"}
@@ -58,6 +61,11 @@ def mount_ui(app: FastAPI) -> FastAPI:
 
     service: Service = app.state.service
     app.state.open_paths.append(PATH)
+
+    @app.get(PATH, include_in_schema=False)
+    async def to_page() -> Response:
+        return RedirectResponse(f"{PATH[1:]}/")  # relative, so that it holds behind a proxy with a path of its own
+
     keys = Keys(service.settings.api_keys)
     return gradio.mount_gradio_app(
         app,
@@ -144,7 +152,7 @@ def build_page(service: Service) -> Any:
     """Return the page as Gradio blocks."""
     import gradio
 
-    card, sampling = service.card, service.settings.sampling
+    card = service.card
 
     async def respond(
         message: Mapping[str, Any],
@@ -153,16 +161,10 @@ def build_page(service: Service) -> Any:
         temperature: float,
         top_p: float,
         max_tokens: float,
-    ) -> AsyncIterator[str]:
-        text = ""
-        try:
-            messages = conversation(message, history, system)
-            fields = {"temperature": temperature, "top_p": top_p, "max_tokens": int(max_tokens)}
-            async for piece in service.stream_text(messages, **fields):
-                text += piece
-                yield text
-        except ApiError as error:
-            raise gradio.Error(error.message, print_exception=False) from None
+    ) -> AsyncIterator[Any]:
+        fields = {"temperature": temperature, "top_p": top_p, "max_tokens": int(max_tokens)}
+        async for shown in _answer(service, message, history, system, fields):
+            yield shown
 
     takes = [kind for kind in _KINDS if kind in card.modalities]
     named = " and ".join(_NAMES[kind] for kind in takes)
@@ -184,16 +186,10 @@ def build_page(service: Service) -> Any:
             sources=[*(["upload"] if takes else []), *(["microphone"] if "audio" in takes else [])],
             placeholder="Your question",
             show_label=False,
+            stop_btn=True,  # while an answer comes
             max_plain_text_length=100_000,
         ),
-        additional_inputs=[
-            gradio.Textbox(service.template.system or "", label="System prompt", lines=2, render=False),
-            gradio.Slider(0, 2, 0 if sampling.greedy else sampling.temperature, step=0.05, label="Temperature"),
-            gradio.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p"),
-            gradio.Slider(
-                1, card.max_model_len, min(sampling.max_new_tokens, card.max_model_len), step=1, label="Most new tokens"
-            ),
-        ],
+        additional_inputs=_fields(service),
         additional_inputs_accordion=settings,
         concurrency_limit=None,  # the engine has the limits
         fill_height=True,
@@ -205,6 +201,45 @@ def build_page(service: Service) -> Any:
     return chat
 
 
+async def _answer(
+    service: Service,
+    message: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    system: str,
+    fields: Mapping[str, float],
+) -> AsyncIterator[Any]:
+    """Give the answer so far, again and again, and at the end why there is none."""
+    import gradio
+
+    text, shown, at = "", "", 0.0
+    try:
+        async for piece in service.stream_text(conversation(message, history, system), **fields):
+            text += piece
+            if time.monotonic() - at >= REFRESH_SECONDS:
+                shown, at = text, time.monotonic()
+                yield shown
+        if text != shown:
+            yield text
+    except ApiError as error:
+        # As a turn of its own: after an exception, the page takes no other question.
+        said = error.message.removeprefix(f"{error.param}: ")  # a person has not written messages[1].content[0]
+        said = said[:1].upper() + said[1:]
+        yield gradio.ChatMessage(f"{text}\n\n{said}".strip(), metadata={"title": NOT_ANSWERED})
+
+
+def _fields(service: Service) -> list[Any]:
+    """Return what can be set for the next question: system prompt and sampling."""
+    import gradio
+
+    sampling, longest = service.settings.sampling, service.card.max_model_len
+    return [
+        gradio.Textbox(service.template.system or "", label="System prompt", lines=2, render=False),
+        gradio.Slider(0, 2, 0 if sampling.greedy else sampling.temperature, step=0.05, label="Temperature"),
+        gradio.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p"),
+        gradio.Slider(1, longest, min(sampling.max_new_tokens, longest), step=1, label="Most new tokens"),
+    ]
+
+
 def conversation(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]], system: str) -> list[dict[str, Any]]:
     """Return what the page holds as ``messages`` of the API, files as data URIs.
 
@@ -213,16 +248,18 @@ def conversation(message: Mapping[str, Any], history: Sequence[Mapping[str, Any]
         history: the turns before, as Gradio gives them.
         system: empty for the model's own.
     """
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
-    for turn in history:
-        parts = [_part(part) for part in _parts(turn["content"])]
-        if messages and messages[-1]["role"] == turn["role"]:  # the page shows files and text as turns of their own
-            messages[-1]["content"] += parts
+    files = [{"type": "file", "file": {"path": path}} for path in message.get("files") or ()]
+    question = {"role": "user", "content": [*files, {"type": "text", "text": message.get("text") or ""}]}
+    turns: list[dict[str, Any]] = []
+    for turn in (*history, question):
+        if (turn.get("metadata") or {}).get("title") == NOT_ANSWERED:
+            turns.pop()  # with its question, which would be refused again
+        elif turns and turns[-1]["role"] == turn["role"]:  # files are turns of their own; or nothing was answered
+            turns[-1]["content"] += _parts(turn["content"])
         else:
-            messages.append({"role": turn["role"], "content": parts})
-    files = [_part({"type": "file", "file": {"path": path}}) for path in message.get("files") or ()]
-    text = {"type": "text", "text": message.get("text") or ""}
-    return [*messages, {"role": "user", "content": [*files, text]}]
+            turns.append({"role": turn["role"], "content": [*_parts(turn["content"])]})
+    messages = [{"role": "system", "content": system}] if system.strip() else []
+    return [*messages, *({**turn, "content": [_part(part) for part in turn["content"]]} for turn in turns)]
 
 
 def _parts(content: Any) -> Sequence[Mapping[str, Any]]:
@@ -239,5 +276,8 @@ def _part(part: Mapping[str, Any]) -> dict[str, Any]:
         raise ApiError(400, f"{path.name} is neither a picture nor a sound.")
     if not _is_uploaded(str(path)):
         raise ApiError(400, f"{path.name} was not uploaded.")
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    try:
+        data = base64.b64encode(path.read_bytes()).decode("ascii")
+    except FileNotFoundError:
+        raise ApiError(400, f"{path.name} is no longer there. Clear the conversation, and upload it again.") from None
     return {"type": kind, kind: {"url": f"data:{media_type};base64,{data}"}}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.finetuned import RECORD, SETTINGS, checkpoint_steps, is_of_adapter
 from mmtool.log import get_logger
+from mmtool.models.common.folders import copy_beside_weights, sync_files
 from mmtool.sft.learner import Learner
 from mmtool.sft.lora import as_plain_lora
 
@@ -31,7 +32,7 @@ ADAPTER = "adapter_model.safetensors"
 MASTER_WEIGHTS = "trainable.safetensors"  # to go on with, where what is saved for inference is not the same
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _UNFINISHED, _DISCARDED = ".unfinished-", ".discarded-"
-_WEIGHT_FILE = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|index\.json)$|\..*|.*\.py|README.*")
+_LEFT_OUT = re.compile(r".*\.py|README.*")  # of the model's folder: code that nobody runs, a page of another model
 
 
 @contextmanager
@@ -50,7 +51,8 @@ def whole_or_not(folder: Path, is_main: bool, barrier: Any) -> Iterator[Path]:
         yield partial
         barrier()
         if is_main:
-            _sync(partial)
+            sync_files(partial)
+            _sync_folder(partial)
             if folder.exists():  # saved again after a run was resumed from an earlier step
                 discard(folder)
             os.replace(partial, folder)
@@ -91,14 +93,6 @@ def _disk_reason(error: Exception, folder: Path) -> str | None:
         full = shutil.disk_usage(folder).free < 2**20
         return "No space left on device" if full else str(error).splitlines()[0]
     return None
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -186,7 +180,7 @@ def save_model(
         weights = dict(learner.head.state_dict()) if plain is None else plain
         rounded = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
         learner.head.save_pretrained(folder, state_dict={name: _on_its_own(t) for name, t in rounded.items()})
-        copy_other_files(base_folder, folder)
+        copy_beside_weights(base_folder, folder, _LEFT_OUT)
         if with_master and dtype != torch.float32:
             trained = {name: p.detach().cpu().contiguous() for name, p in trained_parameters(learner.head)}
             save_file(trained, folder / MASTER_WEIGHTS)
@@ -232,13 +226,3 @@ def _read(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}", "Resume from another checkpoint.") from error
-
-
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy what a released folder has beside weights (tokenizer, processor, configuration of towers)."""
-    for path in sorted(source.rglob("*")):
-        inner = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inner.parts)
-        if path.is_file() and not hidden and not _WEIGHT_FILE.fullmatch(path.name) and not (target / inner).exists():
-            (target / inner).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / inner)

@@ -6,7 +6,6 @@ import atexit
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from mmtool.args import SftArgs
 from mmtool.errors import MMToolError
 from mmtool.options import ENV_PREFIX, options_of
 from mmtool.sft.places import with_saved_options
-from mmtool.utils import collection_paused
+from mmtool.utils import collection_paused, free_port
 
 SAVING_TIME = "600"  # seconds that processes get to save after Ctrl-C before torchrun kills them
 
@@ -175,10 +174,3 @@ def _environment(num_processes: int) -> Mapping[str, str]:
 def _is_option(variable: str) -> bool:
     name = variable.removeprefix(ENV_PREFIX).lower()
     return variable.startswith(ENV_PREFIX) and any(option.name == name for option in options_of(SftArgs))
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -11,8 +11,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from mmtool.args import PartArgs, TunerArgs
 from mmtool.errors import MMToolError
+from mmtool.groups.sft import PartArgs, TunerArgs
 from mmtool.log import get_logger
 from mmtool.sft.parts import PartNames, Way, check_patterns, matches_name
 from mmtool.spec import ModelSpec

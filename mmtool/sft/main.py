@@ -20,7 +20,7 @@ from mmtool import __version__, log
 from mmtool.args import SftArgs
 from mmtool.data.train import TrainingData, load_training_data
 from mmtool.errors import MMToolError
-from mmtool.finetuned import SETTINGS, VAL_DATASET, checkpoint_steps
+from mmtool.finetuned import ADAPTER_CONFIG, SETTINGS, VAL_DATASET, checkpoint_steps
 from mmtool.loader import get_template, load_processor, open_folder
 from mmtool.models.common.folders import read_json
 from mmtool.sft.batches import Collator, Packs, pack_rows
@@ -30,18 +30,17 @@ from mmtool.sft.parts import format_table
 from mmtool.sft.places import find_resumed, run_folder
 from mmtool.sft.progress import Progress
 from mmtool.sft.ranks import Ranks
+from mmtool.sft.run import Run
 from mmtool.sft.settings import (
-    accumulation_steps,
     check_scheduler,
     prepare_deepspeed,
     read_deepspeed,
     read_training_args,
     training_arguments,
-    zero_stage,
 )
 from mmtool.sft.trainer import SavePlan, SftTrainer
 from mmtool.spec import ModelSpec
-from mmtool.utils import seed_everything
+from mmtool.utils import counted, seed_everything
 
 logger = log.get_logger(__name__)
 
@@ -69,59 +68,34 @@ def sft_main(args: SftArgs) -> None:
         prepare_deepspeed(use_cpu)
     try:
         ranks.connect(use_cpu, alone=deepspeed is not None)
-        resumed, run = ranks.share(_places(args, spec) if ranks.is_main else None)
-        with plain_disk_errors(run):
-            _train(args, spec, folder, run, resumed, ranks, use_cpu=use_cpu, deepspeed=deepspeed)
+        resumed, place = ranks.share(_places(args, spec) if ranks.is_main else None)
+        with plain_disk_errors(place):
+            _train(Run(args, spec, folder, place, resumed, ranks, use_cpu, deepspeed))
     finally:
         ranks.disconnect()
 
 
-def _train(
-    args: SftArgs,
-    spec: ModelSpec,
-    folder: Path,
-    run: Path,
-    resumed: Path | None,
-    ranks: Ranks,
-    *,
-    use_cpu: bool,
-    deepspeed: dict[str, Any] | None,
-) -> None:
-    template = open_template(args, spec, folder)
-    data = _load_data(args, spec, template, run, ranks)
+def _train(run: Run) -> None:
+    args, ranks = run.args, run.ranks
+    template = open_template(args, run.spec, run.weights)
+    data = _load_data(run, template)
     seed_everything(args.train.seed)
-    accumulation = accumulation_steps(args, ranks.world_size, spec.embedded is not None)
-    network = load_network(
-        args,
-        spec,
-        folder,
-        template,
-        run=run,
-        resumed=resumed,
-        ranks=ranks,
-        use_cpu=use_cpu,
-        zero_stage=zero_stage(deepspeed),
-    )
+    network = load_network(run, template)
     logger.info("what trains:\n%s", format_table(network.table))
+    going_on = "" if run.resumed is None else f", going on from {run.resumed.name}"
+    logger.info("run folder: %s%s", run.folder, going_on)
     trainer_args = training_arguments(
-        args,
-        run,
-        model_dtype=network.dtype,
-        use_cpu=use_cpu,
-        deepspeed=deepspeed,
-        find_unused=network.may_skip_parameters,
-        has_eval=data.eval is not None,
-        accumulation=accumulation,
+        run, model_dtype=network.dtype, find_unused=network.may_skip_parameters, has_eval=data.eval is not None
     )
-    order = describe_order(args, data.train.fingerprint, ranks.world_size, accumulation)
-    if resumed is not None:
-        compare_order(resumed, order)
-    settings = describe_run(args, spec, folder, network, data.summary) | {"order": order}
+    order = describe_order(run, data.train.fingerprint)
+    if run.resumed is not None:
+        compare_order(run.resumed, order)
+    settings = describe_run(run, network, data.summary) | {"order": order}
     packs = pack(args, template, data.train, network)
-    rows_per_step = args.train.batch_size * ranks.world_size * accumulation
+    rows_per_step = args.train.batch_size * ranks.world_size * run.accumulation
     if packs is not None:
         rows_per_step *= len(data.train) / len(packs)
-    progress = Progress(run, ranks, rows_per_step=rows_per_step, tensorboard=args.run.tensorboard)
+    progress = Progress(run.folder, ranks, rows_per_step=rows_per_step, tensorboard=args.run.tensorboard)
     with watch_signals() as interrupted:
         trainer = SftTrainer(
             network.learner,
@@ -130,7 +104,7 @@ def _train(
             eval_rows=data.eval,
             collator=Collator(template),
             ranks=ranks,
-            plan=SavePlan(folder, settings, network.stored_dtype, args.run.save_total_limit),
+            plan=SavePlan(run.weights, settings, network.dtype, args.run.save_total_limit),
             on_row_error=args.data.on_row_error,
             interrupted=interrupted,
             group_by_length=args.train.group_by_length,
@@ -139,21 +113,22 @@ def _train(
             callbacks=[progress],
         )
         if ranks.is_main:
-            write_json(run / SETTINGS, settings)
+            write_json(run.folder / SETTINGS, settings)
             if data.eval is not None:
-                data.eval.write_jsonl(run / VAL_DATASET)
-        run_trainer(trainer, resumed, args)
-    finish(trainer, progress, run, ranks)
+                data.eval.write_jsonl(run.folder / VAL_DATASET)
+        run_trainer(trainer, run.resumed, args)
+    finish(trainer, progress, run.folder, ranks)
 
 
-def _load_data(args: SftArgs, spec: ModelSpec, template: Any, run: Path, ranks: Ranks) -> TrainingData:
+def _load_data(run: Run, template: Any) -> TrainingData:
+    args, ranks = run.args, run.ranks
     with log.timed("data"):
         data = load_training_data(
             args.data,
             template,
-            spec,
+            run.spec,
             system=args.template.system,
-            shared=run,
+            shared=run.folder,
             is_main=ranks.is_local_main,
             barrier=ranks.barrier,
         )
@@ -200,7 +175,7 @@ def show_first_row(template: Any, rows: Any) -> None:
     """Print what the model sees of the first row, and what it learns of it."""
     from rich.console import Console
 
-    Console(stderr=True).print(template.show(rows.conversation(0).messages, train=True))
+    Console(stderr=True).print(template.show(rows.conversation(0).messages, train=True), soft_wrap=True)
 
 
 def pack(args: SftArgs, template: Any, rows: Any, network: Network) -> Packs | None:
@@ -221,12 +196,13 @@ def pack(args: SftArgs, template: Any, rows: Any, network: Network) -> Packs | N
     return packs
 
 
-def describe_order(args: SftArgs, rows: str, world_size: int, accumulation: int) -> dict[str, Any]:
+def describe_order(run: Run, rows: str) -> dict[str, Any]:
     """Return what decides which rows a step sees."""
+    args = run.args
     return {
         "rows": rows,
-        "batch_size": args.train.batch_size * world_size,
-        "gradient_accumulation_steps": accumulation,
+        "batch_size": args.train.batch_size * run.ranks.world_size,
+        "gradient_accumulation_steps": run.accumulation,
         "seed": args.train.seed,
         "group_by_length": args.train.group_by_length,
         "packing": args.train.packing,
@@ -245,13 +221,13 @@ def compare_order(resumed: Path, order: dict[str, Any]) -> None:
         )
 
 
-def describe_run(
-    args: SftArgs, spec: ModelSpec, folder: Path, network: Network, data: dict[str, Any]
-) -> dict[str, Any]:
+def describe_run(run: Run, network: Network, data: dict[str, Any]) -> dict[str, Any]:
     """Return the content of ``sft_args.json``: what inference needs to know, and what was done."""
+    args, spec = run.args, run.spec
+    embedded = spec.embedded is not None and args.model.model_id_or_path is None
     infer = {
         "model_type": spec.model_type,
-        "model_id_or_path": None if spec.embedded and args.model.model_id_or_path is None else str(folder.resolve()),
+        "model_id_or_path": None if embedded else str(run.weights.resolve()),
         "dtype": args.model.dtype,
         "model_kwargs": args.model.model_kwargs,
         "processor_kwargs": args.model.processor_kwargs,
@@ -349,9 +325,9 @@ def summary(trainer: SftTrainer, progress: Progress, run: Path) -> str:
     lines = [f"{ended} at step {state.global_step} of {state.max_steps}: {progress.overall(state)}"]
     evaluated = "" if math.isnan(progress.last_eval) else f", evaluation loss {progress.last_eval:.4f}"
     lines.append(f"loss {progress.last_loss:.4f}{evaluated}")
-    for count, text in ((outcome.row_errors, "rows were left out"), (outcome.bad_steps, "steps were left out")):
+    for count, noun in ((outcome.row_errors, "row"), (outcome.bad_steps, "step")):
         if count:
-            lines.append(f"{count} {text}")
+            lines.append(f"left out: {counted(count, noun)}")
     if outcome.best is not None and outcome.best[0] != last:
         lines.append(f"best: {outcome.best[0]} (evaluation loss {outcome.best[1]:.4f})")
     if last is None:
@@ -362,4 +338,6 @@ def summary(trainer: SftTrainer, progress: Progress, run: Path) -> str:
     lines.append(f"chat:   mmtool infer --ckpt_dir {shlex.quote(str(last))}")
     if (run / VAL_DATASET).is_file():
         lines.append(f"answer: mmtool infer --ckpt_dir {shlex.quote(str(last))} --load_dataset_config true")
+    if (last / ADAPTER_CONFIG).is_file():
+        lines.append(f"merge:  mmtool export --ckpt_dir {shlex.quote(str(last))} --merge_lora true")
     return "\n".join(lines)

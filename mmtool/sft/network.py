@@ -9,7 +9,6 @@ import os
 import shutil
 import wave
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -30,7 +29,7 @@ from mmtool.sft.learner import Learner
 from mmtool.sft.llama_pass import pass_for
 from mmtool.sft.lora import PEFT_PREFIX, add_adapters
 from mmtool.sft.parts import PartNames, PartRow, choose_ways, count_parts, parts_summary, set_trainable
-from mmtool.sft.ranks import Ranks
+from mmtool.sft.run import Run
 from mmtool.spec import ModelSpec
 from mmtool.template.base import Template
 
@@ -47,14 +46,12 @@ class Network:
     Attributes:
         learner: the module for Trainer.
         dtype: of the loaded weights: 16 bits mean mixed precision.
-        stored_dtype: of full weights on disk.
         table: parts and their numbers of parameters.
         may_skip_parameters: whether a pass may leave out parameters that train.
     """
 
     learner: Learner
     dtype: torch.dtype
-    stored_dtype: torch.dtype
     table: list[PartRow]
     may_skip_parameters: bool
 
@@ -64,90 +61,47 @@ class Network:
         return parts_summary(self.table)
 
 
-def load_network(
-    args: SftArgs,
-    spec: ModelSpec,
-    folder: Path,
-    template: Template,
-    *,
-    run: Path,
-    resumed: Path | None,
-    ranks: Ranks,
-    use_cpu: bool,
-    zero_stage: int,
-) -> Network:
-    """Load the weights and set up what trains.
-
-    Args:
-        args: the options.
-        spec: the model.
-        folder: where its weights are.
-        template: to encode the media of ranks that have none.
-        run: the folder of the run.
-        resumed: a checkpoint to take the trained weights from.
-        ranks: the processes.
-        use_cpu: train on the CPU.
-        zero_stage: of DeepSpeed, 0 without.
-    """
-    tuner = args.tuner
-    check_kernels(args, use_cpu)
+def load_network(run: Run, template: Template) -> Network:
+    """Load the weights and set up what trains; ``template`` encodes the media of ranks that have none."""
+    args, spec = run.args, run.spec
+    check_kernels(args, run.use_cpu)
     if spec.layout is None:  # else the network tells the parts: see below
-        choose_ways(args.parts, tuner.sft_type, spec.parts)
-    source = resumed if resumed is not None and tuner.sft_type == "full" else folder
+        choose_ways(args.parts, args.tuner.sft_type, spec.parts)
     with log.timed("load"):
-        model = _load(args, spec, source, template, ranks, use_cpu)
+        model = _load(run, template)
     spec = fit_layout(spec, model)
-    ways = choose_ways(args.parts, tuner.sft_type, spec.parts)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if tuner.sft_type == "lora":
-        trained = add_adapters(model, spec, ways, tuner, args.parts)
-    else:
-        trained = model
-        set_trainable(model, ways, PartNames(spec.parts), args.parts)
-    if args.devices.deepspeed is None and args.devices.fsdp is None:
-        for parameter in trained.parameters():  # steps of 1e-5 get lost in 16 bits; DeepSpeed keeps its own copy
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    _checkpoint_activations(model, args, use_cpu)
+    trained = _choose_trained(model, spec, args)
+    _checkpoint_activations(model, args, run.use_cpu)
     if args.devices.use_liger_kernel:
         use_liger(model.get_decoder())
     prefix = PEFT_PREFIX if trained is not model else ""
-    training = _trained_kinds(trained, spec, prefix)
-    kinds = [kind for kind in PARTS_OF_KIND if kind in spec.modalities]
-    sharded = zero_stage == 3 or args.devices.fsdp is not None
-    needs_all = [kind for kind in kinds if ranks.world_size > 1 and (sharded or kind in training)]
-    learner = Learner(
-        trained,
-        frozen_kinds=[kind for kind in kinds if kind not in training],
-        # Ranks that hold pieces of a tower must run it together, so none may skip it.
-        cache=None if sharded else open_features(args.train.cache_media_features, run, ranks.local_world_size),
-        dummies={kind: _dummy(template, kind) for kind in needs_all},
-        frozen_modules=_frozen_modules(model, trained, spec, prefix),
-        one_piece=sharded,
-        layers=None if sharded or args.devices.torch_compile else pass_for(model.get_decoder()),
-    )
-    if resumed is not None:
-        load_trained(learner, resumed)
     table = count_parts(trained, PartNames(spec.parts), prefix)
+    trained_parts = {row.part for row in table if row.trained}
+    learner = _make_learner(model, trained, spec, trained_parts, run, template)
+    if run.resumed is not None:
+        load_trained(learner, run.resumed)
     # Towers have layers behind the one whose output is taken; all else takes part in every pass.
     skips = any(row.trained and row.part.endswith("_encoder") for row in table)
-    return Network(learner, dtype, dtype, table, skips)
+    return Network(learner, dtype, table, skips)
 
 
-def _load(args: SftArgs, spec: ModelSpec, folder: Path, template: Template, ranks: Ranks, use_cpu: bool) -> Any:
+def _load(run: Run, template: Template) -> Any:
+    args = run.args
     unset_hf_deepspeed_config()  # of an earlier run in this process; whole weights load, and are shared out afterwards
     keywords = dict(args.model.model_kwargs or {})
     if args.tuner.quantization_bit != "0":
-        keywords["quantization_config"] = quantization(args.tuner.quantization_bit, spec)
+        keywords["quantization_config"] = quantization(args.tuner.quantization_bit, run.spec)
     if args.model.device_map is not None:
         device_map: Any = args.model.device_map
-    elif use_cpu or args.devices.deepspeed or args.devices.fsdp:
+    elif run.use_cpu or args.devices.deepspeed or args.devices.fsdp:
         device_map = "cpu"
     else:
-        device_map = f"cuda:{ranks.local_rank}"
+        device_map = f"cuda:{run.ranks.local_rank}"
+    full = args.tuner.sft_type == "full"
     model, _ = load_model(
-        spec,
-        folder,
+        run.spec,
+        run.resumed if run.resumed is not None and full else run.weights,
         dtype=args.model.dtype,
         device_map=device_map,
         attn_impl=args.model.attn_impl,
@@ -155,6 +109,40 @@ def _load(args: SftArgs, spec: ModelSpec, folder: Path, template: Template, rank
         processor=template.processor,
     )
     return model
+
+
+def _choose_trained(model: Any, spec: ModelSpec, args: SftArgs) -> Any:
+    """Return the model, with adapters on it or with those weights unfrozen that train."""
+    ways = choose_ways(args.parts, args.tuner.sft_type, spec.parts)
+    if args.tuner.sft_type == "lora":
+        trained = add_adapters(model, spec, ways, args.tuner, args.parts)
+    else:
+        trained = model
+        set_trainable(model, ways, PartNames(spec.parts), args.parts)
+    if args.devices.deepspeed is None and args.devices.fsdp is None:
+        for parameter in trained.parameters():  # steps of 1e-5 get lost in 16 bits; DeepSpeed keeps its own copy
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trained
+
+
+def _make_learner(
+    model: Any, trained: nn.Module, spec: ModelSpec, trained_parts: set[str], run: Run, template: Template
+) -> Learner:
+    kinds = [kind for kind in PARTS_OF_KIND if kind in spec.modalities]
+    training = {kind for kind in kinds if trained_parts.intersection(PARTS_OF_KIND[kind])}
+    needs_all = [kind for kind in kinds if run.ranks.world_size > 1 and (run.sharded or kind in training)]
+    cache = run.args.train.cache_media_features
+    return Learner(
+        trained,
+        frozen_kinds=[kind for kind in kinds if kind not in training],
+        # Ranks that hold pieces of a tower must run it together, so none may skip it.
+        cache=None if run.sharded else open_features(cache, run.folder, run.ranks.local_world_size),
+        dummies={kind: _dummy(template, kind) for kind in needs_all},
+        frozen_modules=_frozen_modules(model, spec, trained_parts),
+        one_piece=run.sharded,
+        layers=None if run.sharded or run.args.devices.torch_compile else pass_for(model.get_decoder()),
+    )
 
 
 def quantization(bits: str, spec: ModelSpec) -> Any:
@@ -234,22 +222,13 @@ def use_liger(decoder: Any) -> None:
     known[decoder.config.model_type](model=decoder)
 
 
-def _trained_kinds(trained: nn.Module, spec: ModelSpec, prefix: str) -> set[str]:
-    """Return the kinds of media whose tower or projector has something to train."""
-    part_of = PartNames(spec.parts)
-    parts = {part_of(name.removeprefix(prefix)) for name, p in trained.named_parameters() if p.requires_grad}
-    return {kind for kind, names in PARTS_OF_KIND.items() if parts.intersection(names)}
-
-
-def _frozen_modules(model: nn.Module, trained: nn.Module, spec: ModelSpec, prefix: str) -> list[nn.Module]:
+def _frozen_modules(model: nn.Module, spec: ModelSpec, trained_parts: set[str]) -> list[nn.Module]:
     """Return the modules of parts with nothing to train; they stay in evaluation mode."""
-    part_of = PartNames(spec.parts)
-    parts = {part_of(name.removeprefix(prefix)) for name, p in trained.named_parameters() if p.requires_grad}
     modules = dict(model.named_modules())
     return [
         modules[name]
         for part, names in spec.parts.items()
-        if part not in parts and part != "llm"
+        if part not in trained_parts and part != "llm"
         for name in names
         if name in modules
     ]

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mmtool.args import PartArgs
 from mmtool.errors import MMToolError
+from mmtool.groups.sft import PartArgs
 
 Way = Literal["frozen", "lora", "full"]
 OTHER = "other"  # parameters that no part claims; they stay as they are unless asked for by name

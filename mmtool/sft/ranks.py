@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from mmtool.errors import MMToolError
-from mmtool.sft.launch import free_port
+from mmtool.utils import free_port
 
 
 class Ranks:

@@ -16,10 +16,10 @@ from transformers import SchedulerType, TrainingArguments
 from mmtool.args import SftArgs
 from mmtool.errors import MMToolError
 from mmtool.options import options_of
+from mmtool.sft.run import Run
 from mmtool.utils import did_you_mean
 
 LEARNING_RATES = {"lora": 1e-4, "full": 1e-5}
-ROWS_PER_STEP = 16
 
 # Fields of TrainingArguments that mean nothing here, or something else than they say, by the reason.
 NOT_FOR_USERS = {
@@ -138,48 +138,21 @@ def prepare_deepspeed(use_cpu: bool) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def zero_stage(config: dict[str, Any] | None) -> int:
-    """Return the ZeRO stage of a DeepSpeed configuration, 0 for none."""
-    return int((config or {}).get("zero_optimization", {}).get("stage", 0))
-
-
-def accumulation_steps(args: SftArgs, world_size: int, is_tiny: bool) -> int:
-    """Return how many passes make a step: enough for 16 rows, unless said."""
-    given = args.train.gradient_accumulation_steps
-    if given is not None:
-        return given
-    return 1 if is_tiny else max(1, -(-ROWS_PER_STEP // (args.train.batch_size * world_size)))
-
-
-def training_arguments(
-    args: SftArgs,
-    run: Path,
-    *,
-    model_dtype: torch.dtype,
-    use_cpu: bool,
-    deepspeed: dict[str, Any] | None,
-    find_unused: bool,
-    has_eval: bool,
-    accumulation: int,
-) -> TrainingArguments:
+def training_arguments(run: Run, *, model_dtype: torch.dtype, find_unused: bool, has_eval: bool) -> TrainingArguments:
     """Return what Trainer takes.
 
     Args:
-        args: the options.
-        run: the folder of the run.
+        run: the run.
         model_dtype: of the weights; 16 bits mean mixed precision.
-        use_cpu: train on the CPU though there may be a GPU.
-        deepspeed: its configuration.
         find_unused: some trained parameters may take no part in a pass.
         has_eval: there are rows to evaluate on.
-        accumulation: passes per step.
     """
-    given, run_args = args.train, args.run
+    args, given, run_args = run.args, run.args.train, run.args.run
     values: dict[str, Any] = {
-        "output_dir": str(run),
+        "output_dir": str(run.folder),
         "per_device_train_batch_size": given.batch_size,
         "per_device_eval_batch_size": run_args.eval_batch_size or given.batch_size,
-        "gradient_accumulation_steps": accumulation,
+        "gradient_accumulation_steps": run.accumulation,
         "num_train_epochs": given.num_train_epochs,
         "max_steps": given.max_steps,
         "learning_rate": learning_rate(args),
@@ -192,7 +165,7 @@ def training_arguments(
         "seed": given.seed,
         "bf16": model_dtype == torch.bfloat16,
         "fp16": model_dtype == torch.float16,
-        "use_cpu": use_cpu,
+        "use_cpu": run.use_cpu,
         "logging_steps": run_args.logging_steps,
         "logging_first_step": True,
         "eval_strategy": "steps" if has_eval else "no",
@@ -203,18 +176,18 @@ def training_arguments(
         "metric_for_best_model": "loss" if has_eval else None,
         "greater_is_better": False if has_eval else None,
         "dataloader_num_workers": args.data.dataloader_num_workers,
-        "dataloader_pin_memory": not use_cpu,
+        "dataloader_pin_memory": not run.use_cpu,
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "report_to": "none",
         "disable_tqdm": True,
         "ddp_find_unused_parameters": find_unused,
-        "deepspeed": deepspeed,
+        "deepspeed": run.deepspeed,
         "torch_compile": args.devices.torch_compile,
         "use_liger_kernel": False,
     }
     values |= _fsdp(args.devices.fsdp)
-    if use_cpu and deepspeed is not None:
+    if run.use_cpu and run.deepspeed is not None:
         values["accelerator_config"] = _cpu_processes()
     values |= read_training_args(given.training_args)
     try:

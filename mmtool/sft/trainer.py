@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -20,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from mmtool.errors import DataError, MMToolError
 from mmtool.finetuned import TRAINER_STATE, checkpoint_steps
 from mmtool.log import get_logger
-from mmtool.sft.batches import Collator, Packs, RowDataset, StepBatches, split_batch
+from mmtool.sft.batches import IGNORED, Collator, Packs, RowDataset, StepBatches, split_batch
 from mmtool.sft.checkpoint import record, rotate, save_model, whole_or_not
 from mmtool.sft.features import SeenRows
 from mmtool.sft.learner import Learner
@@ -315,7 +314,7 @@ class SftTrainer(Trainer):
         states = torch.get_rng_state(), torch.cuda.get_rng_state()
         for name in ("errors", "origins", "light"):
             batch.pop(name, None)
-        super().training_step(self.model_wrapped, batch, (batch["labels"] != -100).sum().to(self.args.device))
+        super().training_step(self.model_wrapped, batch, (batch["labels"] != IGNORED).sum().to(self.args.device))
         self.model_wrapped.zero_grad()
         torch.set_rng_state(states[0])
         torch.cuda.set_rng_state(states[1])
@@ -342,7 +341,7 @@ class SftTrainer(Trainer):
                 with self.compute_loss_context_manager():
                     total += float(model(**inputs)["total"])
                 self._remember(loader.dataset, light)
-                count += float((inputs["labels"] != -100).sum())
+                count += float((inputs["labels"] != IGNORED).sum())
         model.train()
         total, count = self.ranks.sum(total, count)
         metrics = {f"{metric_key_prefix}_loss": total / max(count, 1.0)}
@@ -453,12 +452,6 @@ class SftTrainer(Trainer):
         scheduler = torch.load(Path(resume_from_checkpoint) / "scheduler.pt", weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
         return prepared
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether each rank holds pieces of the weights only."""
-        stage = self.deepspeed.zero_optimization_stage() if self.deepspeed is not None else 0
-        return self.is_fsdp_enabled or stage == 3 or self.accelerator.distributed_type == DistributedType.FSDP
 
 
 class _EpochOrder(TrainerCallback):

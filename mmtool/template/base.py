@@ -157,7 +157,7 @@ class Template:
             inputs = dict(self.processor.image_processor(images=[picture], return_tensors="pt"))
         except MediaError as error:
             raise MediaError(f"cannot use image {describe_source(part.source)}: {error.message}", error.hint) from None
-        return MediaInput("image", 0, self.processor.num_image_tokens(inputs, 0), inputs, _content_key(inputs))
+        return MediaInput("image", 0, self.processor.num_image_tokens(inputs, 0), inputs, content_key(inputs))
 
     def finish_media(self, media: list[MediaInput]) -> list[MediaInput]:
         """Complete media whose inputs depend on the others of the conversation; positions must stay as they are."""
@@ -420,7 +420,8 @@ def _padded(rows: Sequence[Sequence[int]], value: int, side: str) -> Tensor:
     return padded
 
 
-def _content_key(inputs: Mapping[str, Tensor]) -> str:
+def content_key(inputs: Mapping[str, Tensor]) -> str:
+    """Return a hash of what a medium became, for ``MediaInput.key``."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(inputs.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

@@ -62,30 +62,30 @@ class ChatFormat:
 
     def head(self, system: str) -> Iterator[Piece]:
         """Give the pieces before the first question."""
-        yield _mark(self.start)
+        yield mark(self.start)
         if system:
-            yield from (_mark(self.system[0]), Piece(system), _mark(self.system[1]))
-        yield _mark(self.begin)
+            yield from (mark(self.system[0]), Piece(system), mark(self.system[1]))
+        yield mark(self.begin)
 
     def question(self, message: Message) -> Iterator[Piece]:
         """Give the pieces of a user's turn, up to where the answer starts."""
-        yield _mark(self.user[0])
+        yield mark(self.user[0])
         if self.media_in_place:
             yield from map(_plain, message.parts)
         else:
             yield from map(_plain, message.media)
             if message.media:
-                yield _mark(self.media_end)
+                yield mark(self.media_end)
             yield Piece(message.text)
-        yield _mark(self.user[1] + self.assistant)
+        yield mark(self.user[1] + self.assistant)
 
     def answered(self, message: Message, last: bool) -> Iterator[Piece]:
         """Give the pieces of an assistant's turn."""
-        for piece in (_mark(self.answer[0]), *map(_plain, message.parts), _mark(self.answer[1])):
+        for piece in (mark(self.answer[0]), *map(_plain, message.parts), mark(self.answer[1])):
             is_text = piece.media is None
             yield replace(piece, train=message.train and is_text, answer=is_text)
         if not last:
-            yield _mark(self.between)
+            yield mark(self.between)
 
     def pieces(self, turns: Sequence[Message], system: str) -> Iterator[Piece]:
         """Give the pieces of a conversation whose ``turns`` alternate, the user first; empty pieces included."""
@@ -97,7 +97,8 @@ class ChatFormat:
                 yield from self.answered(message, last=index == len(turns) - 1)
 
 
-def _mark(text: str) -> Piece:
+def mark(text: str) -> Piece:
+    """Return a piece that the chat format writes."""
     return Piece(text, control=True)
 
 

@@ -26,6 +26,22 @@ def test_names_files_and_numbers_of_rows(write) -> None:
     assert found(f"{odd}#2")[0][2] == 2
 
 
+def test_entries_may_be_joined_by_commas_and_say_their_hub(monkeypatch, write) -> None:
+    path = write("a,b.jsonl", {})
+    assert found(str(path))[0][1] == ["a,b.jsonl"]
+    assert found("tiny-shapes#5, tiny_shapes") == [
+        ("tiny-shapes", ["rows.jsonl"], 5),
+        ("tiny_shapes", ["rows.jsonl"], None),
+    ]
+    with pytest.raises(MMToolError, match=r"--dataset gone\.jsonl: there is no such file"):
+        found("tiny-shapes,gone.jsonl")
+    asked = []
+    monkeypatch.setattr(sources, "fetch_files", lambda spec, hub: asked.append((spec.name, hub)) or (path,))
+    assert found("HF::coco-en-mini#3")[0][2] == 3
+    found("MS::owner/name")
+    assert asked == [("coco-en-mini", "hf"), ("owner/name", "ms")]
+
+
 def test_a_folder_is_its_data_files_by_name(write, tmp_path: Path) -> None:
     for name in ("set/b.jsonl", "set/a.csv", "set/readme.md", "set/inner/c.jsonl"):
         write(name, {})

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
-from mmtool.args import SftDataArgs
 from mmtool.data.dataset import read_conversations
 from mmtool.data.train import EncodedRows, TrainingData, load_training_data
 from mmtool.errors import DataError, MMToolError
+from mmtool.groups.sft import SftDataArgs
 
 Load = Callable[..., TrainingData]
 

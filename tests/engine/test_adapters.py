@@ -5,6 +5,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mmtool.engine.base import Sampling, request_from
+from mmtool.engine.create import open_engine
 from mmtool.engine.generic import GenericEngine
 from mmtool.engine.pt import PtEngine
 from mmtool.errors import CheckpointError, MMToolError
-from mmtool.finetuned import attach_adapter
+from mmtool.finetuned import FineTuned, attach_adapter
+from mmtool.groups.model import ModelArgs, VllmArgs
 from mmtool.loader import get_template, load_model, open_folder
 
 DECODER = r".*language_model.*\.(q_proj|v_proj|down_proj)"
@@ -187,6 +190,28 @@ def test_adapters_that_cannot_stand_beside_others_are_refused(small, folders, tm
     with pytest.raises(MMToolError, match=named) as caught:
         small.engine(small.network(), adapters={"fine": source, "odd": tmp_path})
     assert "odd" in caught.value.message and "merge" in caught.value.hint
+
+
+def test_one_adapter_may_answer_where_no_name_is_given(small, folders, merged, asked):
+    engine = small.engine(small.network(), max_batch_size=4, adapters=folders)
+    engine.answer_with("wide")
+    expected = [small.generated(request, merged[request.adapter or "wide"]) for request in asked]
+    assert small.answers(engine, asked) == expected
+
+
+@pytest.mark.parametrize(("settings", "named"), [({}, ("--ckpt_dir",)), ({"use_dora": True}, ())])
+def test_adapter_of_a_checkpoint_runs_in_the_engine_or_else_in_peft(
+    small, tmp_path, asked, monkeypatch, settings, named
+):
+    folder = make_adapter(small.model, tmp_path, 5, r=3, target_modules=["q_proj", "down_proj"], **settings)
+    monkeypatch.setattr("mmtool.loader.load_model", lambda *args, **kwargs: (small.network(), small.tokenizer))
+    finetuned = FineTuned(folder, tmp_path, {}, is_adapter=True)
+    fixed = SimpleNamespace(processor=small.tokenizer)
+    engine, _ = open_engine("pt", ModelArgs(), VllmArgs(), None, tmp_path, fixed, finetuned, max_batch_size=3)
+    assert tuple(engine.adapters) == named
+    requests = with_adapters(asked, [None] * len(asked))
+    model = attach_adapter(small.network(), folder, merge=True)
+    assert small.answers(engine, requests) == [small.generated(request, model) for request in requests]
 
 
 def test_adapters_that_do_not_fit_are_refused(small, folders, tmp_path):

@@ -109,6 +109,26 @@ def test_fixed_shapes_in_preallocated_storage(small):
     assert small.answers(engine, requests) == [small.generated(request) for request in requests]
 
 
+def test_what_cannot_be_recorded_runs_as_it_is_and_the_log_says_why_once(small, monkeypatch, caplog):
+    def refuse(self, rows, length):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    engine = small.engine(max_batch_size=4, compile=True)
+    made = GraphedStep.__init__
+
+    def recording(self, step, kv, max_rows, records=True):
+        made(self, step, kv, max_rows, records)
+        self.records = records  # as on a GPU
+
+    monkeypatch.setattr(GraphedStep, "__init__", recording)
+    monkeypatch.setattr(GraphedStep, "_recorded", refuse)
+    requests = [small.request(small.ids(seed, 3 + 5 * seed), max_new_tokens=4 + 7 * seed) for seed in range(6)]
+    with caplog.at_level("WARNING", "mmtool"):
+        assert small.answers(engine, requests) == [small.generated(request) for request in requests]
+    (record,) = [record for record in caplog.records if "CUDA graphs" in record.message]
+    assert record.message.endswith("could not be recorded: operation not permitted when stream is capturing")
+
+
 @pytest.mark.gpu
 def test_recordings_equal_the_step_on_a_gpu(small):
     if not torch.cuda.is_available():

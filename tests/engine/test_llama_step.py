@@ -21,7 +21,7 @@ from mmtool.models.common.mla import MLAConfig, MLADecoder
 from mmtool.models.fm9g.configuration_fm9g import FM9GConfig
 from mmtool.models.fm9g.modeling_fm9g import FM9GModel
 from mmtool.models.internlm_xcomposer2.configuration_internlm_xcomposer2 import XComposer2TextConfig
-from mmtool.models.internlm_xcomposer2.modeling_internlm_xcomposer2 import XComposer2TextModel
+from mmtool.models.internlm_xcomposer2.modeling_internlm2 import XComposer2TextModel
 
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

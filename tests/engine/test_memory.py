@@ -78,7 +78,7 @@ def test_requests_that_find_no_memory_fail_and_the_others_go_on(small, scarce):
 
 
 def test_answer_that_finds_no_more_room_ends_alone(small, scarce, monkeypatch):
-    monkeypatch.setattr("mmtool.engine.pt.ROOM_AHEAD", 4)
+    monkeypatch.setattr("mmtool.engine.slotted.ROOM_AHEAD", 4)
     engine = small.engine(max_batch_size=2)
     requests = [small.request(small.ids(seed, length), max_new_tokens=60) for seed, length in ((1, 100), (2, 20))]
     scarce(2 * 128 * 2 * 16 * 4)

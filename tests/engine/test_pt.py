@@ -57,9 +57,9 @@ def test_answers_do_not_depend_on_prefix_reuse(small, mixed):
 
 
 def test_answer_longer_than_the_room_made_at_first(small, monkeypatch):
-    monkeypatch.setattr("mmtool.engine.pt.ROOM_AHEAD", 4)
+    monkeypatch.setattr("mmtool.engine.slotted.ROOM_AHEAD", 4)
     monkeypatch.setattr("mmtool.engine.slots.CAPACITY_STEP", 8)
-    monkeypatch.setattr("mmtool.engine.pt.CAPACITY_STEP", 8)
+    monkeypatch.setattr("mmtool.engine.slotted.CAPACITY_STEP", 8)
     requests = [small.request(small.ids(seed, 5 * seed), max_new_tokens=60) for seed in (1, 2, 3)]
     engine = small.engine(max_batch_size=2)
     assert small.answers(engine, requests) == [small.generated(request) for request in requests]

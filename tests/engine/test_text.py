@@ -28,6 +28,21 @@ def test_pieces_joined_are_the_decoding_of_all_ids(tokenizer, data):
     assert "".join(streamed(tokenizer, ids)) == decoded(tokenizer, ids)
 
 
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_text_that_goes_on_keeps_the_blank_between(tokenizer, data):
+    token = st.integers(0, 1087) | st.integers(305, 560)
+    before = data.draw(st.lists(token, min_size=1, max_size=3 * WINDOW))
+    ids = data.draw(st.lists(token, min_size=1, max_size=3 * WINDOW))
+    detokenizer = Detokenizer(tokenizer, before=before)
+    text = "".join([*map(detokenizer.push, ids), detokenizer.flush()])
+    whole, prompt = decoded(tokenizer, [*before, *ids]), decoded(tokenizer, before)
+    if prompt.endswith("\ufffd"):  # the prompt ends inside a character: what follows begins anew
+        assert text == decoded(tokenizer, ids)
+    else:
+        assert prompt + text == whole
+
+
 @pytest.mark.parametrize("text", ["你好，世界 🙂👩‍👩‍👧 done", "a\n\n  b", "Ünïcödé ﷽ نص"])
 def test_no_half_characters(tokenizer, text):
     pieces = streamed(tokenizer, tokenizer.encode(text, add_special_tokens=False))

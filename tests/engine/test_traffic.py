@@ -27,8 +27,8 @@ def prompts(small):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_random_traffic(small, prompts, monkeypatch, seed):
-    monkeypatch.setattr("mmtool.engine.pt.ROOM_AHEAD", 8)
-    monkeypatch.setattr("mmtool.engine.pt.CAPACITY_STEP", 16)
+    monkeypatch.setattr("mmtool.engine.slotted.ROOM_AHEAD", 8)
+    monkeypatch.setattr("mmtool.engine.slotted.CAPACITY_STEP", 16)
     choose = random.Random(seed)
     monkeypatch.setattr("mmtool.engine.pt.PREFILL_ALONE", choose.choice([3, 2048]))
     engine = small.engine(
@@ -91,8 +91,8 @@ def adapters(small, tmp_path_factory):
 @pytest.mark.parametrize("seed", range(4))
 def test_random_requests_of_all_kinds(small, prompts, adapters, monkeypatch, seed):
     """Settings, adapters and bad pictures mixed; what is answered is what would be answered alone."""
-    monkeypatch.setattr("mmtool.engine.pt.ROOM_AHEAD", 8)
-    monkeypatch.setattr("mmtool.engine.pt.CAPACITY_STEP", 16)
+    monkeypatch.setattr("mmtool.engine.slotted.ROOM_AHEAD", 8)
+    monkeypatch.setattr("mmtool.engine.slotted.CAPACITY_STEP", 16)
     monkeypatch.setattr("mmtool.engine.pt.PREFILL_ALONE", 40)
     choose = random.Random(seed)
 

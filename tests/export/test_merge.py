@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,3 +305,91 @@ def test_a_whole_model_has_nothing_to_merge(export: Callable[..., None]) -> None
     _, folder = open_folder("tiny")
     with pytest.raises(CheckpointError, match="--merge_lora true needs a LoRA checkpoint"):
         export("--ckpt_dir", folder, "--merge_lora", "true")
+
+
+# Neither this package nor anything of it is imported: the folder is all there is.
+PLAIN = """
+import sys
+import torch, transformers
+folder, kind, ids, out = sys.argv[1:]
+model = getattr(transformers, kind).from_pretrained(folder).eval()
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+batch = torch.load(ids)
+with torch.no_grad():
+    logits = model(input_ids=batch["input_ids"]).logits
+greedy = model.generate(input_ids=batch["input_ids"], max_new_tokens=8, do_sample=False)
+assert not [name for name in sys.modules if name.partition(".")[0] == "mmtool"]
+torch.save({"logits": logits, "greedy": greedy, "text_ids": tokenizer("Hello, 你好 12")["input_ids"]}, out)
+"""
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        "megrez-3b-instruct",
+        "qwen2_vl",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-tied", "qwen3")),
+    ],
+)
+def test_plain_transformers_loads_what_it_knows(
+    base: str,
+    golden: Callable[[str], Path],
+    released: Callable[[str], Path],
+    adapter: Callable[..., Path],
+    export: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    folder = golden(base) / "checkpoint" if base.startswith("megrez") else released(base)
+    trained = adapter(folder, target_modules=["q_proj", "down_proj"])
+    export("--model_id_or_path", folder, "--ckpt_dir", trained, "--merge_lora", "true", "--max_shard_size", "500KB")
+    spec, merged = open_folder(None, trained.with_name("adapter-merged"))
+    base_model, processor = load_model(spec, folder, dtype="fp32")
+    model = attach_adapter(base_model, trained)
+    ids = torch.tensor([processor.tokenizer("Hello, 你好 12")["input_ids"]])
+    torch.save({"input_ids": ids}, tmp_path / "ids.pt")
+    kind = "AutoModelForImageTextToText" if spec.modalities else "AutoModelForCausalLM"
+    words = [sys.executable, "-c", PLAIN, merged, kind, tmp_path / "ids.pt", tmp_path / "out.pt"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "out.pt")
+    assert found["text_ids"] == ids[0].tolist()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+    torch.testing.assert_close(found["logits"], expected, atol=2e-5 * float(expected.std()), rtol=0)
+    alone, _ = load_model(spec, merged, dtype="fp32")
+    with torch.no_grad():
+        torch.testing.assert_close(found["logits"], alone(input_ids=ids).logits, atol=0, rtol=0)
+    greedy = alone.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found["greedy"], greedy)
+
+
+def test_what_a_killed_run_has_left_is_put_right(export: Callable[..., None], tmp_path: Path) -> None:
+    command = ["--model_type", "tiny", "--dtype", "fp32", "--verify", "false", "--output_dir", tmp_path / "new"]
+    for name in (".unfinished-new", ".replaced-new"):  # killed between the two renames
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("of the first run")
+    with pytest.raises(MMToolError, match="exists already"):
+        export(*command)
+    assert (tmp_path / "new" / "mine.txt").is_file()
+    export(*command, "--overwrite", "true")
+    assert left(tmp_path) == {"new"}
+    assert "config.json" in left(tmp_path / "new")
+
+
+def test_only_folders_are_replaced_and_not_the_one_that_one_is_in(
+    export: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["--model_type", "tiny", "--dtype", "fp32", "--verify", "false", "--overwrite", "true", "--output_dir"]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MMToolError, match="is no folder"):
+        export(*command, tmp_path / "file")
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    for place in (".", "..", tmp_path):
+        with pytest.raises(MMToolError, match="holds the folder you are in"):
+            export(*command, place)
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to("target")
+    export(*command, tmp_path / "link")
+    assert (tmp_path / "target" / "config.json").is_file()
+    assert left(tmp_path) == {"file", "inside", "link", "target"}

@@ -114,3 +114,8 @@ def test_names_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     assert (done.returncode, "Did you mean vision_encoder?" in done.stderr) == (2, True)
     done = mmtool("export", *words, "--quant_modules_to_not_convert", "q_pro")
     assert (done.returncode, "Did you mean q_proj?" in done.stderr) == (2, True)
+
+
+def test_the_groups_of_bitsandbytes_are_its_own(export: Callable[..., None]) -> None:
+    with pytest.raises(MMToolError, match="the groups of bitsandbytes are fixed"):
+        export("--model_type", "tiny", "--quant_method", "bnb", "--quant_group_size", "32")

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtool.args import InferArgs, InferDataArgs, ModelArgs
+from mmtool.args import InferArgs
+from mmtool.groups.infer import InferDataArgs
+from mmtool.groups.model import ModelArgs
 from mmtool.infer.main import load
 from mmtool.loader import get_template, load_processor, open_folder
 

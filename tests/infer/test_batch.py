@@ -11,10 +11,10 @@ import PIL.Image
 import pytest
 
 import mmtool
-from mmtool.args import InferDataArgs
 from mmtool.data.dataset import read_conversations
 from mmtool.data.registry import DatasetSpec
 from mmtool.errors import DataError, MMToolError
+from mmtool.groups.infer import InferDataArgs
 from mmtool.infer import batch
 from mmtool.infer.batch import DatasetRun, count_rows
 from mmtool.messages import Text
@@ -268,13 +268,20 @@ def test_a_dataset_that_cannot_be_read_does_not_cost_the_result_file(model, fold
 
 def test_a_sample_is_the_rows_at_the_start(model, folder):
     dataset = write_rows(folder / "rows.jsonl", questions(5))
-    assert [record["line"] for record in answer(model, dataset, val_dataset_sample=2)] == [1, 2]
+    two = answer(model, dataset, val_dataset_sample=2)
+    assert [record["line"] for record in two] == [1, 2]
+    assert answer(model, f"{dataset}#2", result_path="two.jsonl") == two
+    Path(dataset).rename("rows#1.jsonl")  # a name is a name
+    assert len(answer(model, "rows#1.jsonl", result_path="five.jsonl")) == 5
 
 
 def test_a_dataset_may_have_a_name(model, folder, monkeypatch):
     dataset = write_rows(folder / "rows.jsonl", questions(2))
     monkeypatch.setitem(batch.DATASETS, "shapes", DatasetSpec(name="shapes", source=dataset, format="swift"))
     assert answer(model, "shapes", result_path="named.jsonl") == answer(model, dataset)
+    with pytest.raises(MMToolError, match="--val_dataset shape: there is no such file and no dataset") as caught:
+        answer(model, "shape")
+    assert caught.value.hint == "Did you mean shapes?"
 
 
 def test_rows_are_counted_without_blank_lines(folder):

@@ -123,11 +123,14 @@ def test_models_with_inline_media_find_them_in_the_text(converse, model, picture
     assert answers == answers_of(model, [text("what is "), image(picture), text("?")], "and now?")
     (error,) = err.splitlines()
     assert error.startswith("error: cannot open image 'missing.png'")
+    assert converse(f"<img>{picture}", model=inline)[1] == "(<img> lacks its other half, so it is text to the model)\n"
 
 
 def test_models_of_text_are_not_asked_for_pictures(converse, model):
     plain = dataclasses.replace(model, spec=dataclasses.replace(model.spec, media_style="none"))
-    assert converse("one", "<img>x</img>", model=plain)[0] == answers_of(model, "one", "<img>x</img>")
+    answers, err = converse("one", "<img>x</img>", model=plain)
+    assert answers == answers_of(model, "one", "<img>x</img>")
+    assert err == "(yi-vl-6b-chat does not look for media in the text: the tags are text to it)\n"
 
 
 def test_a_picture_is_opened_once_and_may_be_gone_in_the_next_turn(converse, model, picture, monkeypatch, capsys):
@@ -224,7 +227,7 @@ def test_retry_and_undo_go_back_one_turn(converse, model):
     assert "no question yet" in converse("/undo")[1]
 
 
-def test_a_saved_conversation_is_a_row_of_messages(converse, picture, tmp_path):
+def test_a_saved_conversation_is_a_row_of_messages(converse, picture, tmp_path, monkeypatch):
     path = tmp_path / "my chats.jsonl"
     answers, _ = converse("reset-system", "Be brief.", "one 中", picture, f"/save {path}", "two", "", f"/save '{path}'")
     first, second = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
@@ -235,6 +238,11 @@ def test_a_saved_conversation_is_a_row_of_messages(converse, picture, tmp_path):
     ]
     assert second["messages"][:3] == first["messages"]
     assert len(second["messages"]) == 5
+    monkeypatch.chdir(tmp_path)  # a name in this folder is another one in the folder of the file
+    (tmp_path / "sub").mkdir()
+    converse("one", Path(picture).name, "/save sub/chats.jsonl")
+    (row,) = [json.loads(line) for line in (tmp_path / "sub" / "chats.jsonl").read_text("utf-8").splitlines()]
+    assert row["messages"][0]["content"][0] == image(picture)
     assert "error: cannot write" in converse("one", "", f"/save {tmp_path}")[1]
 
 

@@ -11,8 +11,11 @@ import PIL.Image
 import pytest
 
 import mmtool
-from mmtool.args import GenerationArgs, InferArgs, InputArgs, ModelArgs, TemplateArgs
+from mmtool.args import InferArgs
 from mmtool.errors import MMToolError
+from mmtool.groups.infer import InputArgs
+from mmtool.groups.model import ModelArgs
+from mmtool.groups.prompt import GenerationArgs, TemplateArgs
 from mmtool.infer import main
 from mmtool.infer.main import infer_main, read_sampling
 

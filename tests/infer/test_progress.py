@@ -33,6 +33,17 @@ def test_a_log_file_gets_a_line_every_few_seconds_with_rate_and_time_left(clock,
     assert shown.summary(3) == "16 rows (3 failed) in 8.0 s, 2 rows/s, 30 tokens/s"
 
 
+def test_one_row_and_a_fast_run_are_said_in_plain_words(clock):
+    with Progress(total=1) as shown:
+        clock.now += 0.5
+        shown.advance(1, 6)
+    assert shown.summary(0) == "1 row (0 failed) in 0.5 s, 2 rows/s, 12 tokens/s"
+    with Progress(total=5000) as shown:
+        clock.now += 0.25
+        shown.advance(5000, 0)
+    assert shown.summary(5000) == "5000 rows (5000 failed) in 0.2 s, 20000 rows/s, 0 tokens/s"
+
+
 def test_a_total_that_is_not_known_is_not_made_up(clock, lines):
     with Progress(total=None) as shown:
         clock.now += 10

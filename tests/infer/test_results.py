@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,47 @@ def test_a_full_disk_leaves_whole_lines_and_says_so(tmp_path):
     assert [record["line"] for record in written] == list(range(1, len(written) + 1))
     assert len(written) > 5
     assert path.read_bytes().endswith(b"\n")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from mmtool.infer.results import ResultFile
+
+results = ResultFile(Path(sys.argv[1]), resume=True)
+list(results.done())
+results.add(1, {"line": 2})
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_file_has_one_run_at_a_time(tmp_path, resume):
+    path = tmp_path / "out.jsonl"
+    path.write_text('{"line": 1}\n')
+    words = [sys.executable, "-c", HOLD, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"open\n"
+        with pytest.raises(MMToolError, match="is being written by another run"):
+            ResultFile(path, resume=resume)
+        other.kill()  # no end that could be prepared for
+    assert lines(path) == [{"line": 1}, {"line": 2}]
+    with ResultFile(path, resume=True) as results:
+        assert len(list(results.done())) == 2
+
+
+def test_a_pipe_takes_answers(tmp_path):
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    for resume in (False, True):  # nothing is there to go on with, and reading would wait forever
+        with ResultFile(path, resume=resume) as results:
+            assert list(results.done()) == []
+            results.add(0, {"line": 1})
+            results.add(1, {"line": 2})
+        assert os.read(reader, 1000) == b'{"line": 1}\n{"line": 2}\n'
+    os.close(reader)
 
 
 def test_a_device_that_is_full_says_so_too():

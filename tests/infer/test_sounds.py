@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
-from mmtool.args import InferArgs, InputArgs, ModelArgs
+from mmtool.args import InferArgs
+from mmtool.groups.infer import InputArgs
+from mmtool.groups.model import ModelArgs
 from mmtool.infer.chat import RULE, media_parts, run_chat
 from mmtool.infer.main import load
 from mmtool.infer.single import read_question

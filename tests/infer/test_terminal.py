@@ -36,9 +36,9 @@ class Screen:
         os.write(self.fd, text.encode())
 
     def wait_for(self, text, timeout=60.0):
-        """Read until ``text`` is shown, or with "" anything; returns everything up to it."""
+        """Read until ``text`` is shown, or with "" anything but blanks; returns everything up to it."""
         end = time.monotonic() + timeout
-        while text not in self.shown or not self.shown:
+        while text not in self.shown or not self.shown.strip():
             left = end - time.monotonic()
             ready = select.select([self.fd], [], [], max(left, 0))[0]
             assert ready, f"{text!r} was not shown, only {self.shown!r}"
@@ -183,6 +183,15 @@ def test_typed_lines_come_back_in_the_next_chat(echo, tmp_path):
     screen = echo()
     screen.type(UP + "!\r")
     screen.wait_for("[数 first!]")
+
+
+def test_pasted_lines_are_one_line(echo):
+    screen = echo()
+    screen.type("\x1b[200~How many\nshapes?\n\x1b[201~")  # as terminals mark a paste
+    screen.wait_for("shapes?")
+    screen.type(" Say.\r")
+    shown = screen.wait_for("]")
+    assert [line for line in shown.splitlines() if line][-3:] == ["[How many", "shapes?", " Say."]
 
 
 @pytest.mark.parametrize("place", ["/dev/null/no", "/proc"])

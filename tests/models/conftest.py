@@ -1,6 +1,5 @@
 """The golden Yi-VL checkpoint, loaded once, and what the golden cases feed it."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,12 +24,9 @@ def checkpoint(yi_vl: Path) -> Path:
 
 
 @pytest.fixture
-def release(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the golden checkpoint that a test may change."""
-    folder = shutil.copytree(checkpoint, tmp_path / "release", copy_function=shutil.copyfile)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder
+def release(checkpoint: Path, copy_of: Callable[[Path, str], Path]) -> Path:
+    """A copy of the golden checkpoint that a test may change; of the one that a folder of tests below has."""
+    return copy_of(checkpoint, "release")
 
 
 @pytest.fixture(scope="session")

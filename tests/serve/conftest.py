@@ -15,9 +15,9 @@ import httpx2
 import openai
 import pytest
 
-from mmtool.args import PromptArgs
 from mmtool.engine.create import create_engine
 from mmtool.engine.worker import EngineWorker
+from mmtool.groups.prompt import PromptArgs
 from mmtool.infer.main import open_template
 from mmtool.loader import load_model, open_folder
 from mmtool.serve.app import create_app

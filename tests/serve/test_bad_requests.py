@@ -129,6 +129,12 @@ def test_unknown_addresses_and_methods(server):
     assert error_of(server.http.get("/v1/models/gpt-4o"), 404)["code"] == "model_not_found"
 
 
+def test_what_monitors_and_clients_ask_besides(server):
+    assert server.http.head("/health").status_code == 200
+    assert server.http.get("/v1/models/").json() == server.http.get("/v1/models").json()
+    assert "below /v1" in server.post("/chat/completions", {}).json()["error"]["message"]
+
+
 def test_an_unknown_field_has_no_effect_and_is_said_once(server, caplog):
     with caplog.at_level("WARNING", "mmtool"):
         for _ in range(2):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from mmtool.args import PromptArgs
 from mmtool.engine.base import Sampling, request_from
 from mmtool.engine.create import create_engine
+from mmtool.groups.prompt import PromptArgs
 from mmtool.infer.main import open_template
 from mmtool.loader import load_model, open_folder
 

@@ -70,7 +70,9 @@ def test_cors_is_off_unless_given(serving):
         assert response.status_code in (401, 405)
         assert "access-control-allow-origin" not in response.headers
     with serving(api_keys=("one",), cors_origins=("https://chat.example.com",)) as server:
-        response = server.http.options("/v1/chat/completions", headers=headers)
+        asked = {**headers, "access-control-request-headers": "authorization,content-type,x-stainless-lang"}
+        response = server.http.options("/v1/chat/completions", headers=asked)
+        assert response.status_code == 200, "clients in a browser send headers of their own"
         assert response.headers["access-control-allow-origin"] == "https://chat.example.com"
         other = server.http.options("/v1/chat/completions", headers={**headers, "origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers

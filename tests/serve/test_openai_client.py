@@ -181,6 +181,35 @@ def test_any_json_object(server):
     assert answer.choices[0].message.content.startswith("{")
 
 
+def test_a_weak_model_does_not_fill_its_answer_with_blanks(server, data_uri):
+    shape = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["star", "circle"]}, "colour": {"type": "string", "maxLength": 8}},
+        "required": ["kind", "colour"],
+        "additionalProperties": False,
+    }
+    schema = {
+        "type": "object",
+        "properties": {
+            "shapes": {"type": "array", "minItems": 2, "maxItems": 3, "items": {"$ref": "#/$defs/shape"}},
+            "total": {"type": "integer", "minimum": 1, "maximum": 9},
+        },
+        "required": ["shapes", "total"],
+        "additionalProperties": False,
+        "$defs": {"shape": shape},
+    }
+    answer = server.client().chat.completions.create(
+        model="tiny",
+        messages=ask("Describe the picture.", data_uri("shapes")),
+        response_format={"type": "json_schema", "json_schema": {"name": "picture", "schema": schema}},
+        max_tokens=200,
+    )
+    found = json.loads(answer.choices[0].message.content)
+    assert 2 <= len(found["shapes"]) <= 3 and 1 <= found["total"] <= 9
+    assert all(item["kind"] in ("star", "circle") and len(item["colour"]) <= 8 for item in found["shapes"])
+    assert "  " not in answer.choices[0].message.content
+
+
 def test_models_are_listed(server):
     models = server.client().models.list().data
     assert [model.id for model in models] == ["tiny"]
@@ -192,6 +221,18 @@ def test_a_text_is_continued(server):
     assert answer.object == "text_completion"
     assert answer.choices[0].text.startswith("Hello") and len(answer.choices[0].text) > 5
     assert answer.usage.completion_tokens == 3
+
+
+def test_the_blank_before_a_continued_text_is_kept(server):
+    fields = {"model": "tiny", "prompt": "There are three", "max_tokens": 8, "logprobs": 0}
+    choice = server.client().completions.create(**fields).choices[0]
+    assert choice.text.startswith(" ")
+    assert "".join(choice.logprobs.tokens) == choice.text
+    lengths = map(len, choice.logprobs.tokens)
+    ends = [offset + length for offset, length in zip(choice.logprobs.text_offset, lengths, strict=True)]
+    assert ends == [*choice.logprobs.text_offset[1:], len(choice.text)]
+    stream = server.client().completions.create(**fields, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == choice.text
 
 
 def test_completions_take_several_prompts_and_token_ids(server):

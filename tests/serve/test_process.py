@@ -136,9 +136,8 @@ def test_an_adapter_is_chosen_as_a_model(served):
 
 def test_the_server_says_what_it_has(served):
     said = "".join(served.said)
-    assert re.search(
-        r"9g, tiny, other: 4 answers at once, 2048 positions each, \d+ MiB for keys and values; 16 more", said
-    )
+    assert re.search(r"KV memory: \d+\.\d MB, for 4 conversations of 2048 positions", said)
+    assert "9g, tiny, other: 4 answers at once, 2048 positions each; 16 more may wait" in said
 
 
 def test_a_port_that_is_taken_is_an_error(served):
@@ -152,19 +151,21 @@ def test_a_port_that_is_taken_is_an_error(served):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--host", "203.0.113.5"], "--port 8000: cannot listen at 203.0.113.5"),
+        (["--host", "203.0.113.5"], "--host 203.0.113.5: not an address of this machine"),
         (["--host", "not a host"], "--host not a host"),
         (["--port", "70000"], "--port 70000 is out of range"),
         (["--api_key_file", "/nowhere"], "--api_key_file /nowhere"),
         (["--api_key", "a b"], "--api_key: a key"),
         (["--max_num_seqs", "0"], "--max_num_seqs 0 is out of range"),
         (["--max_queue", "-1"], "--max_queue -1 is out of range"),
-        (["--port", "0", "--max_model_len", "9999999"], "max_model_len"),
+        (["--port", "0", "--max_model_len", "9999999"], "--max_model_len 9999999: this model takes 2 to 2048"),
         (["--allowed_local_media_path", "/nowhere"], "--allowed_local_media_path /nowhere"),
         (["--allowed_media_schemes", "ftp"], "--allowed_media_schemes ftp"),
         (["--allow_private_media"], "--allow_private_media true needs --allowed_media_domains"),
         (["--lora_modules", "a"], "--lora_modules a is not NAME=FOLDER"),
-        (["--lora_modules", "a=/nowhere"], "--lora_modules a=/nowhere"),
+        (["--lora_modules", "a=/nowhere"], "--lora_modules a=/nowhere: no such folder"),
+        (["--lora_modules", "a=/b", "a=/c"], "--lora_modules has a twice"),
+        (["--cors_origins", "https://chat.example.com/"], "--cors_origins https://chat.example.com/: not an origin"),
         (["--port", "0", "--ckpt_dir", "/nowhere"], "--ckpt_dir /nowhere"),
         (["--shutdown_timeout", "-1"], "--shutdown_timeout -1 is out of range"),
     ],
@@ -175,6 +176,12 @@ def test_what_is_wrong_with_the_options_is_said_before_the_weights_load(options,
         monkeypatch.undo()
     assert main(["serve", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_an_adapter_cannot_be_called_as_the_model(adapter, capsys, monkeypatch):
+    monkeypatch.setattr("mmtool.serve.main.open_engine", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert main(["serve", "--port", "0", "--lora_modules", f"tiny={adapter}"]) == 2
+    assert "tiny is the name of the model" in capsys.readouterr().err
 
 
 def test_everything_that_was_begun_before_sigterm_ends_and_nothing_new_begins(adapter):
@@ -243,6 +250,11 @@ def test_a_missing_package_is_said_with_its_install_line(monkeypatch, capsys):
     monkeypatch.setattr("mmtool.serve.launch.find_spec", lambda name: None)
     assert main(["serve"]) == 2
     assert "pip install 'mmtool[serve]'" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("mmtool.serve.main.find_spec", lambda name: None)
+    monkeypatch.setattr("mmtool.serve.main.open_engine", lambda *args, **kwargs: pytest.fail("loaded"))
+    assert main(["serve", "--port", "0", "--web_ui", "true"]) == 2
+    assert "pip install 'mmtool[ui]'" in capsys.readouterr().err
 
 
 def test_an_adapter_cannot_have_the_name_of_the_model(adapter, capsys):

@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mmtool.args import PromptArgs
+from mmtool.groups.prompt import PromptArgs
 from mmtool.infer.main import open_template
 from mmtool.loader import load_model, open_folder
 
@@ -104,6 +104,20 @@ def test_a_call_that_must_come_comes_with_right_arguments(served, choice):
     assert call.type == "function" and call.id.startswith("call_") and call.function.name == "weather"
     arguments = json.loads(call.function.arguments)
     assert arguments["city"] in ("Beijing", "Xian") and 1 <= arguments["day"] <= 7
+
+
+def test_a_function_without_parameters_gets_none(served):
+    answer = create(served, tools=[TIME], tool_choice={"type": "function", "function": {"name": "time"}})
+    assert answer.choices[0].message.tool_calls[0].function.arguments == "{}"
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [({"type": "function", "function": {"name": "x"}}, "'x' is not one"), ({"type": "allowed_tools"}, "expected auto")],
+)
+def test_a_choice_that_is_none_is_refused(served, choice, said):
+    with pytest.raises(openai.BadRequestError, match=said):
+        create(served, tool_choice=choice)
 
 
 def test_a_streamed_call_is_the_same(served):

@@ -11,6 +11,7 @@ import PIL.ImageDraw
 import pytest
 
 from mmtool.args import SftArgs
+from mmtool.messages import Image, Message, Text
 from mmtool.options import options_of
 
 
@@ -31,6 +32,25 @@ def data_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def _picture(colour: str) -> Image:
+    return Image(PIL.Image.new("RGB", (50, 40), colour))
+
+
+@pytest.fixture(scope="session")
+def conversations() -> list[list[Message]]:
+    """Text alone; one picture; two pictures, one of them the same, in several turns."""
+    return [
+        [Message("user", (Text("Hello"),)), Message("assistant", (Text("Good day to you."),))],
+        [Message("user", (_picture("red"), Text("What is it?"))), Message("assistant", (Text("A red circle."),))],
+        [
+            Message("user", (_picture("red"), Text("And this?"))),
+            Message("assistant", (Text("Red."),)),
+            Message("user", (_picture("blue"), Text("And this?"))),
+            Message("assistant", (Text("Blue, I think."),)),
+        ],
+    ]
 
 
 @pytest.fixture

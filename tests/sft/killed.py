@@ -86,7 +86,7 @@ def set_trap(place: str, step: int) -> None:
         "in the backward pass": (SftTrainer, "compute_loss", in_pass, True),
         "half the weights": (checkpoint_module, "save_file", half_written, True),
         "before the optimizer": (SftTrainer, "_save_optimizer_and_scheduler", saving, False),
-        "before the name": (checkpoint_module, "_sync", renaming, True),
+        "before the name": (checkpoint_module, "sync_files", renaming, True),
         "before the record": (trainer_module, "record", recording, False),
         "deleting the old": (checkpoint_module.shutil, "rmtree", deleting, False),
         "half a line": (Progress, "on_log", logged, True),

@@ -7,7 +7,7 @@ import pytest
 
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.finetuned import TRAINER_STATE, checkpoint_steps, open_finetuned
-from mmtool.sft.checkpoint import copy_other_files, discard, record, rotate, tidy, whole_or_not
+from mmtool.sft.checkpoint import discard, record, rotate, tidy, whole_or_not
 from mmtool.sft.places import find_resumed, run_folder
 
 
@@ -118,16 +118,18 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         open_finetuned(tmp_path / "gone")
 
 
-def test_other_files_of_a_model_come_along(tmp_path: Path) -> None:
-    source, target = tmp_path / "base", tmp_path / "new"
-    for name in ("tokenizer.model", "config.json", "model.safetensors", "vit/x/config.json", "vit/x/pytorch_model.bin"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text("base")
-    for name in ("model.safetensors.index.json", "modeling.py", "README.md", ".git/config"):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_text("base")
-    target.mkdir()
-    (target / "config.json").write_text("trained")
-    copy_other_files(source, target)
-    found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
-    assert found == {"tokenizer.model": "base", "config.json": "trained", "vit/x/config.json": "base"}
+def test_a_folder_of_runs_names_the_newest_one(tmp_path: Path) -> None:
+    old, new = tmp_path / "output" / "tiny" / "v0-then", tmp_path / "output" / "tiny" / "v1-now"
+    for run in (old, new):
+        make(run, 5)
+    os.utime(old, (1, 1))
+    for folder in (tmp_path / "output", tmp_path / "output" / "tiny"):
+        with pytest.raises(CheckpointError) as caught:
+            open_finetuned(folder)
+        assert caught.value.hint == f"Give a run in it: --ckpt_dir {new}, the newest of 2."
+
+
+def test_a_run_that_saved_nothing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "sft_args.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        open_finetuned(tmp_path)

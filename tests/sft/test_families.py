@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmtool.args import PartArgs, TunerArgs
+from mmtool.groups.sft import PartArgs, TunerArgs
 from mmtool.loader import fit_layout, get_template, load_model, open_folder
 from mmtool.sft.batches import Collator, pack_rows
 from mmtool.sft.learner import Learner

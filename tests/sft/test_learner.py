@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import pytest
 import torch
 
 from mmtool.loader import get_template, load_model, load_processor, open_folder
-from mmtool.messages import Image, Message, Text
+from mmtool.messages import Message
 from mmtool.sft import learner as learner_module
 from mmtool.sft.batches import Collator
 from mmtool.sft.features import DiskFeatures, MemoryFeatures
@@ -30,23 +29,8 @@ def model() -> Any:
     return load_model(SPEC, FOLDER)[0]
 
 
-def picture(colour: str) -> Image:
-    return Image(PIL.Image.new("RGB", (50, 40), colour))
-
-
 @pytest.fixture(scope="module")
-def rows(template: Any) -> list[dict]:
-    """Text alone, one picture, two pictures (one of them the same), several turns."""
-    conversations = [
-        [Message("user", (Text("Hello"),)), Message("assistant", (Text("Good day to you."),))],
-        [Message("user", (picture("red"), Text("What is it?"))), Message("assistant", (Text("A red circle."),))],
-        [
-            Message("user", (picture("red"), Text("And this?"))),
-            Message("assistant", (Text("Red."),)),
-            Message("user", (picture("blue"), Text("And this?"))),
-            Message("assistant", (Text("Blue, I think."),)),
-        ],
-    ]
+def rows(template: Any, conversations: list[list[Message]]) -> list[dict]:
     return [template.encode(messages, train=True) for messages in conversations]
 
 

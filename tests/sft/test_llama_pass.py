@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mmtool.args import PartArgs, TunerArgs
+from mmtool.groups.sft import PartArgs, TunerArgs
 from mmtool.loader import get_template, load_model, load_processor, open_folder
-from mmtool.messages import Image, Message, Text
+from mmtool.messages import Message, Text
 from mmtool.sft import llama_pass
 from mmtool.sft.batches import Collator, split_batch
 from mmtool.sft.learner import Learner, _HeadLoss
@@ -26,25 +25,11 @@ def template() -> Any:
     return get_template(SPEC, load_processor(SPEC, FOLDER))
 
 
-def picture(colour: str) -> Image:
-    return Image(PIL.Image.new("RGB", (50, 40), colour))
-
-
 @pytest.fixture(scope="module")
-def rows(template: Any) -> list[dict]:
-    """Text alone, one picture, two pictures and turns, a long answer: so that the last layer is cut short or not."""
-    conversations = [
-        [Message("user", (Text("Hello"),)), Message("assistant", (Text("Good day to you."),))],
-        [Message("user", (picture("red"), Text("What is it?"))), Message("assistant", (Text("A red circle."),))],
-        [
-            Message("user", (picture("red"), Text("And this?"))),
-            Message("assistant", (Text("Red."),)),
-            Message("user", (picture("blue"), Text("And this?"))),
-            Message("assistant", (Text("Blue, I think."),)),
-        ],
-        [Message("user", (Text("Hi"),)), Message("assistant", (Text("Good day to you. " * 9),))],
-    ]
-    return [template.encode(messages, train=True) for messages in conversations]
+def rows(template: Any, conversations: list[list[Message]]) -> list[dict]:
+    """With a long answer too: the last layer is cut short in some rows and not in others."""
+    long = [Message("user", (Text("Hi"),)), Message("assistant", (Text("Good day to you. " * 9),))]
+    return [template.encode(messages, train=True) for messages in [*conversations, long]]
 
 
 def network(kind: str) -> Any:

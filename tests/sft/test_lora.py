@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmtool.args import PartArgs, TunerArgs
 from mmtool.errors import MMToolError
+from mmtool.groups.sft import PartArgs, TunerArgs
 from mmtool.loader import load_model, open_folder
 from mmtool.sft.lora import PEFT_PREFIX, add_adapters, find_targets, lora_modules, targets_pattern
 from mmtool.sft.parts import PartNames, choose_ways, count_parts

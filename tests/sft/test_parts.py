@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mmtool.args import PartArgs
 from mmtool.errors import MMToolError
+from mmtool.groups.sft import PartArgs
 from mmtool.models.common.layout import PARTS
 from mmtool.sft.parts import PartNames, choose_ways, count_parts, format_table, matches_name, set_trainable
 

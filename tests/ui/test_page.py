@@ -1,6 +1,7 @@
 """The chat page in a real browser, against a real server; `make test-ui` makes the environment for it."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -8,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -86,6 +87,20 @@ def ask(page, question: str, *pictures: str) -> None:
     page.get_by_label("Submit").click()
 
 
+def wait_for_metrics(address: str, reached: Callable[[int, dict[str, int]], bool]) -> None:
+    """Wait until ``reached`` is true of how many answers wait, and how many have ended by reason."""
+    deadline = time.monotonic() + 30
+    while True:
+        text = urllib.request.urlopen(f"{address}/metrics", timeout=30).read().decode()
+        ended = {
+            reason: int(count) for reason, count in re.findall(r'answers_total{finish_reason="(\w+)"} (\d+)', text)
+        }
+        if reached(int(re.search(r"^mmtool_requests_waiting (\d+)", text, re.MULTILINE)[1]), ended):
+            return
+        assert time.monotonic() < deadline, text
+        time.sleep(0.1)
+
+
 def answered(page, text: str) -> None:
     page.locator(".bot.message", has_text=text).last.wait_for()
 
@@ -111,9 +126,44 @@ def test_clear_forgets_the_conversation(page) -> None:
     assert "72" not in page.locator(".bot.message").first.inner_text()
 
 
-def test_what_cannot_be_answered_is_said(page) -> None:
+def test_what_cannot_be_answered_is_said_and_the_conversation_goes_on(page, tmp_path) -> None:
+    ask(page, "How many shapes are there?", "shapes.png")
+    answered(page, "3")
+    page.get_by_label("Submit").wait_for()
     ask(page, "How many shapes are there?" * 400)
-    page.get_by_text("but the model takes 2048").first.wait_for()
+    answered(page, "but the model takes 2048")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not a picture")
+    page.get_by_label("Submit").wait_for()
+    ask(page, "What is it?", str(broken))
+    answered(page, "Cannot open image")
+    page.get_by_label("Submit").wait_for()
+    ask(page, "What colour is the star?")
+    answered(page, "The star is green.")
+
+
+def test_stop_ends_an_answer_and_another_question_can_be_asked(browser) -> None:
+    with server("--max_num_seqs", "1") as address:
+        page = browser.new_page()
+        page.set_default_timeout(30_000)
+        page.goto(f"{address}/ui/")
+        page.get_by_label("Submit").wait_for()
+        body = {"messages": [{"role": "user", "content": "Hello"}], "ignore_eos": True, "max_tokens": 2000, "n": 4}
+        request = urllib.request.Request(
+            f"{address}/v1/chat/completions",
+            json.dumps({**body, "stream": True}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as other:  # one of its four has the only place
+            other.readline()
+            ask(page, "Who are you?")
+            wait_for_metrics(address, lambda waiting, ended: waiting + sum(ended.values()) == 4)
+            page.get_by_label("Stop").click()
+            page.get_by_label("Submit").wait_for()
+            wait_for_metrics(address, lambda waiting, ended: ended.get("cancelled") == 1)
+        ask(page, "What is the sum?", "sum.png")
+        answered(page, "27 + 45 = 72")
+        page.close()
 
 
 def test_it_fits_a_phone(browser, address) -> None:
@@ -134,6 +184,14 @@ def test_the_settings_reach_the_model(page) -> None:
     page.locator(".bot.message").first.wait_for()
     page.wait_for_timeout(1000)
     assert page.locator(".bot.message").first.inner_text().strip() == "There are"
+
+
+def test_the_address_without_a_slash_leads_to_the_page(browser, address) -> None:
+    page = browser.new_page()
+    page.goto(f"{address}/ui")
+    page.wait_for_selector("textarea")
+    assert page.url == f"{address}/ui/"
+    page.close()
 
 
 def test_files_of_the_server_are_out_of_reach(address, tmp_path) -> None:

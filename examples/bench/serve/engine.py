@@ -1,6 +1,6 @@
 """How many tokens per second the pt engine makes by itself, without HTTP: a closed loop of 1, 4 and 16 askers.
 
-    python examples/bench/serve/engine.py FOLDER [--concurrency 1 4 16] [--picture] [--cpu_time]
+    python examples/bench/serve/engine.py FOLDER [--concurrency 1 4 16] [--picture] [--prompts_beside] [--cpu_time]
 
 FOLDER is one that ``models.py`` wrote. Prompts and pictures all differ, so nothing is found again.
 """
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="Answers per asker.")
     parser.add_argument("--repeats", type=int, default=3, help="The best of so many runs is shown.")
+    parser.add_argument("--prompts_beside", action="store_true", help="Compute them in a second thread, as a server.")
     parser.add_argument("--cpu_time", action="store_true", help="Count CPU seconds, for a busy machine.")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -80,7 +81,10 @@ def main() -> None:
     print("| askers | tokens/s | median time to first token, ms | prompt tokens |\n|---|---|---|---|")
     for askers in args.concurrency:
         requests = make_requests(template, askers * args.rounds, args.words, args.new_tokens, args.picture)
-        engine = create_engine(model, processor, "pt", max_batch_size=askers)
+        engine = create_engine(
+            model, processor, "pt", max_batch_size=askers, max_model_len=1024, preallocate=True, pack_weights=None,
+            prompts_beside=None if args.prompts_beside else False,
+        )  # fmt: skip
         runs = [run(engine, requests, clock) for _ in range(args.repeats)]
         seconds, first = min(runs)
         speed = len(requests) * args.new_tokens / seconds

@@ -1,10 +1,12 @@
-"""Files of a model folder: find the folder of a hub id, read JSON, find the vision tower inside a release."""
+"""Files of a model folder: find the folder of a hub id, read and write JSON, find the vision tower, copy the rest."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +16,7 @@ from mmtool.log import get_logger
 
 logger = get_logger(__name__)
 
+_WEIGHTS = re.compile(r".*\.(safetensors|bin|pt|pth|ckpt|msgpack|h5|gguf|onnx|tflite|index\.json)")
 _DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 # What transformers' Auto classes pass along and a folder has no use for.
 _AUTO_OPTIONS = (
@@ -59,11 +62,41 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file; CheckpointError where the file is missing or holds something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}", "Download the file.") from error
     except (OSError, ValueError) as error:  # ValueError: broken JSON, broken UTF-8
         raise CheckpointError(f"cannot read {path}: {error}", "Download the file again.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object", "Download the file again.")
     return value
+
+
+def dump_json(path: str | os.PathLike, value: Mapping[str, Any], *, sort_keys: bool = False) -> None:
+    """Write a JSON file as releases have them: indented, letters as they are, a newline at the end."""
+    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def copy_beside_weights(source: Path, target: Path, without: re.Pattern[str]) -> None:
+    """Copy what a model folder has beside weights (configuration, tokenizer, processors); what is there already stays.
+
+    Hidden files and checkpoints of training are left out, and files whose name ``without`` matches.
+    """
+    for path in sorted(source.rglob("*")):
+        inner = path.relative_to(source)
+        hidden = any(part.startswith((".", "global_step", "checkpoint-")) for part in inner.parts)
+        unwanted = hidden or _WEIGHTS.fullmatch(path.name) or without.fullmatch(path.name)
+        if path.is_file() and not unwanted and not (target / inner).exists():
+            (target / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / inner)
+
+
+def sync_files(folder: Path) -> None:
+    """Have the files of a folder on disk before anything relies on them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def given(config: Mapping[str, Any], keys: Sequence[str], nullable: Sequence[str] = ()) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from transformers.generation import GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from mmtool.errors import CheckpointError
+from mmtool.models.common.bnb import parted
 from mmtool.models.common.folders import local_folder
 from mmtool.models.common.weights import LazyTensor, read_weights
 
@@ -85,7 +86,7 @@ class ReleaseModel(PreTrainedModel):
             config, kwargs = cls.config_class.from_pretrained(folder, return_unused_kwargs=True, **kwargs)
         weights = cls.checked_weights(folder, config)
         dtype = _target_dtype(dtype, config, weights)
-        weights = {name: tensor.astype(dtype) for name, tensor in weights.items()}
+        weights = parted({name: tensor.astype(dtype) for name, tensor in weights.items()})
         model = super().from_pretrained(None, *model_args, config=config, state_dict=weights, dtype=dtype, **kwargs)
         output_loading_info = isinstance(model, tuple)
         _finish(model[0] if output_loading_info else model, folder, kwargs)

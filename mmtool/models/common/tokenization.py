@@ -6,7 +6,6 @@ releases spell out.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Collection, Sequence
@@ -17,7 +16,7 @@ from transformers.tokenization_utils_base import AddedToken
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import dump_json, local_folder, read_json
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # Where prompt layouts break first: a wrong tokenizer adds a space to these or swallows it.
@@ -68,7 +67,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
         # Without add_prefix_space=false, transformers 5 would make its LlamaTokenizer prepend a space everywhere.
         settings |= {"tokenizer_class": "LlamaTokenizer", "legacy": True, "add_prefix_space": False}
         settings |= {"add_bos_token": False, "add_eos_token": False}
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        dump_json(path, settings)
         return files
 
     def is_control(self, piece: str) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmtool.errors import CheckpointError
+from mmtool.models.common.bnb import join_bnb
 from mmtool.models.common.folders import read_json
 from mmtool.models.common.quantised import join_pieces
 
@@ -63,6 +64,10 @@ class LazyTensor:
     def astype(self, dtype: torch.dtype) -> LazyTensor:
         """Return the same tensor, wanted in ``dtype`` where it holds floating point numbers."""
         return replace(self, dtype=dtype) if self.stored_dtype.is_floating_point else self
+
+    def is_floating_point(self) -> bool:
+        """Tell whether it holds floating point numbers; transformers asks where weights are quantised already."""
+        return self.stored_dtype.is_floating_point
 
     def read(self) -> torch.Tensor:
         """Read the tensor into fresh memory, in ``dtype``; 8 MiB of the stored form are held beside it."""
@@ -112,7 +117,7 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     for name in _WEIGHT_FILES:
         path = folder / name
         if path.is_file():
-            return join_pieces(_read_shards(path) if name.endswith(".json") else _read_file(path))
+            return join_bnb(join_pieces(_read_shards(path) if name.endswith(".json") else _read_file(path)))
     return {}
 
 
@@ -138,11 +143,21 @@ def _read_shards(index: Path) -> dict[str, LazyTensor]:
 
 
 def _read_file(path: Path) -> dict[str, LazyTensor]:
+    if path.stat().st_size < 1024:
+        _refuse_pointer(path)
     tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
     end, size = max((_end(tensor) for tensor in tensors.values()), default=0), path.stat().st_size
     if end > size:
         raise CheckpointError(f"{path} has {size} bytes, but its tensors need {end}: it is cut off", _AGAIN)
     return tensors
+
+
+def _refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError for what a clone without git-lfs leaves in place of a large file."""
+    if path.read_bytes().startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a pointer of git-lfs, not the file itself", "Run `git lfs pull` in the folder, or download it."
+        )
 
 
 def _end(tensor: LazyTensor) -> int:
@@ -174,7 +189,10 @@ def _read_bin(path: Path) -> dict[str, LazyTensor]:
         # Under a fake mode torch reads the structure only and notes where each storage starts in the file.
         with FakeTensorMode():
             state = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:  # its text advises to turn weights_only off, which runs what is in there
+        reason = "it holds more than tensors, or something else altogether, and no code of a file is run"
+        raise CheckpointError(f"{path} is not a readable PyTorch file: {reason}", _AGAIN) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path} is not a readable PyTorch file: {reason}", _AGAIN) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):  # as training tools wrap it

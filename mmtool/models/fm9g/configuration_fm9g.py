@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import __version__
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import dump_json, local_folder, read_json
 from mmtool.models.common.mla import MLAConfig
 
 BIASED_TYPE = "fm9g7b"  # the 7B and 70B: Qwen2's layout, q, k and v with biases, nothing scaled
@@ -121,8 +119,7 @@ class FM9GConfig(MLAConfig):
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write the keys of a released ``config.json``; ``use_diff`` is transformers' and changes nothing."""
-        text = json.dumps(self.to_release_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        Path(json_file_path).write_text(text + "\n", encoding="utf-8")
+        dump_json(json_file_path, self.to_release_dict(), sort_keys=True)
 
     def to_release_dict(self) -> dict[str, Any]:
         """Return the settings under the names of a release; keys that are not known here are kept."""

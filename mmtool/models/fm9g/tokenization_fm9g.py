@@ -93,8 +93,8 @@ class WordTokenizer(PythonBackend):
         for name, token in (("unk_token", "<unk>"), ("bos_token", "<s>"), ("eos_token", "</s>")):
             kwargs.setdefault(name, token)
         super().__init__(**{"special_tokens_pattern": "bos", **kwargs})
-        # By first character, the lengths of words that start with it, longest first.
         self._writable = self._ids.keys() - _BYTE_PIECES - set(self.all_special_tokens) - {""}
+        # By first character, the lengths of words that start with it, longest first.
         lengths: dict[str, set[int]] = defaultdict(set)
         for word in self._writable:
             lengths[word[0]].add(len(word))

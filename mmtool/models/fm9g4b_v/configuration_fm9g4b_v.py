@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +12,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import given, local_folder, read_json
+from mmtool.models.common.configuration import INTERNAL_KEYS, ReleaseConfig, released_rope
+from mmtool.models.common.folders import given
 from mmtool.models.common.mla import MLAConfig
 
 DEFAULT_SCALE_RESOLUTION, DEFAULT_MAX_SLICES = 448, 9
@@ -34,11 +33,7 @@ _TEXT_KEYS = (
 )
 # Of these, what a file leaves out where it says nothing.
 _OPTIONAL_TEXT_KEYS = ("pad_token_id", "mlp_bias", "v_head_dim", "rope_parameters")
-# Bookkeeping of transformers that has no place in a released config.json.
-_INTERNAL_KEYS = (
-    *("text_config", "vision_config", "return_dict", "output_hidden_states", "output_attentions"),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type", "dtype"),
-)
+_INTERNAL_KEYS = (*INTERNAL_KEYS, "dtype")
 
 
 class FM9GVTextConfig(MLAConfig):
@@ -52,7 +47,7 @@ class FM9GVTextConfig(MLAConfig):
     tie_word_embeddings: bool = True
 
 
-class FM9GVConfig(PreTrainedConfig):
+class FM9GVConfig(ReleaseConfig):
     """Configuration of an FM9G4B-V model; the other fields carry the released names and defaults.
 
     Args:
@@ -115,32 +110,29 @@ class FM9GVConfig(PreTrainedConfig):
         return (self.slice_config or {}).get("scale_resolution", DEFAULT_SCALE_RESOLUTION)
 
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the nested settings of a folder or hub id, and the arguments that are not about finding it."""
-        folder, rest = local_folder(pretrained_model_name_or_path, kwargs, ["*.json"])
-        return _nested(read_json(folder / "config.json")), rest
+    def nested(cls, config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+        """Return the settings of a released ``config.json``, text part apart; nested ones pass through."""
+        if "text_config" in config:
+            return dict(config)
+        own = cls.own_settings(config, _TEXT_KEYS)
+        text = given(config, _TEXT_KEYS, ("q_lora_rank",))  # without a rank, queries have one plain projection
+        text["tie_word_embeddings"] = own["tie_word_embeddings"] = text.get("tie_word_embeddings", True)
+        vision = own.get("vision_config")
+        if isinstance(vision, Mapping):
+            own["vision_config"] = {key: value for key, value in vision.items() if key in _vision_keys()}
+        return own | {"text_config": text}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from nested settings, or from those of a released ``config.json``."""
-        return super().from_dict(_nested(config_dict), **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write the release's flat ``config.json``; ``use_diff`` is transformers' and changes nothing."""
-        text = json.dumps(self.to_release_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        Path(json_file_path).write_text(text + "\n", encoding="utf-8")
+        """Build from nested settings, or from a released ``config.json``, which needs no other file."""
+        return super().from_dict(cls.nested(config_dict, None), **kwargs)
 
     def to_release_dict(self) -> dict[str, Any]:
         """Return the settings as a release writes them: flat but for the vision tower, unknown keys kept."""
         settings = self.to_dict()
         own = {key: value for key, value in settings.items() if key not in _INTERNAL_KEYS and key[0] != "_"}
         text = self.text_config.to_dict()
-        rope = dict(text["rope_parameters"])
-        theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
-        text |= {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope}}
-        text["rope_parameters"] = None
+        text |= released_rope(text["rope_parameters"]) | {"rope_parameters": None}
         flat = own | {
             key: text[key]
             for key in _TEXT_KEYS
@@ -165,21 +157,3 @@ def _vision_keys() -> tuple[str, ...]:
     return tuple(
         name for name in SiglipVisionConfig.__dataclass_fields__ if name not in inherited and name != "vision_use_head"
     )
-
-
-def _nested(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a released ``config.json``, text part apart; nested ones pass through."""
-    if "text_config" in config:
-        return dict(config)
-    own = {key: value for key, value in config.items() if key not in (*_TEXT_KEYS, "_name_or_path", "model_type")}
-    fields = FM9GVConfig.__dataclass_fields__
-    own = {key: value for key, value in own.items() if value is not None or key not in fields}  # null is the default
-    text = given(config, _TEXT_KEYS, ("q_lora_rank",))  # without a rank, queries have one plain projection
-    text["tie_word_embeddings"] = own["tie_word_embeddings"] = text.get("tie_word_embeddings", True)
-    dtype = own.pop("torch_dtype", None)
-    if own.get("dtype") is None and dtype is not None:
-        own["dtype"] = dtype
-    vision = own.get("vision_config")
-    if isinstance(vision, Mapping):
-        own["vision_config"] = {key: value for key, value in vision.items() if key in _vision_keys()}
-    return own | {"text_config": text}

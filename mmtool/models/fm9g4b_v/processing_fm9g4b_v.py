@@ -1,7 +1,6 @@
 """Pictures to patch rows, and the tokens that stand for one; text goes to the tokenizer."""
 # Without the future import of annotations: transformers reads those of the classes of keyword arguments.
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers.image_processing_base import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import dump_json, local_folder, read_json
 from mmtool.models.common.navit import patch_rows
+from mmtool.models.common.pictures import PictureProcessor, look_up
 from mmtool.models.common.slicing import SlicePlan, slice_image, slice_plan
 from mmtool.models.fm9g4b_v.configuration_fm9g4b_v import (
     DEFAULT_MAX_SLICES,
@@ -68,11 +67,8 @@ class FM9GVImageKwargs(ImagesKwargs, total=False):
     norm_std: list[float] | tuple[float, ...]
 
 
-class FM9GVImageProcessor(BaseImageProcessor):  # the release's name, by which transformers looks it up
-    """RGB, cut into slices, normalise, cut into patches: bit-identical to the release's processor.
-
-    Alpha is dropped without compositing and the EXIF orientation is ignored, as in the release.
-    """
+class FM9GVImageProcessor(PictureProcessor):  # the release's name, by which transformers looks it up
+    """RGB, cut into slices, normalise, cut into patches: bit-identical to the release's processor."""
 
     valid_kwargs = FM9GVImageKwargs
     model_input_names = ("pixel_values", "patch_info")
@@ -85,25 +81,10 @@ class FM9GVImageProcessor(BaseImageProcessor):  # the release's name, by which t
     norm_mean = (0.5, 0.5, 0.5)
     norm_std = (0.5, 0.5, 0.5)
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
-
-    @property
-    def backend(self) -> str:
-        """Name of the library that resizes."""
-        return "pil"
-
     def plan(self, size: tuple[int, int], **settings: Any) -> SlicePlan:
         """Return how a picture of ``size`` (width, height) is cut; ``settings`` replace those of the processor."""
         settings = {name: getattr(self, name) for name in _SETTINGS} | settings
         return slice_plan(size, settings["scale_resolution"], _max_slices(settings), settings["patch_size"])
-
-    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """Return ``image`` (PIL; NumPy or torch, ``uint8``, channels last or first) as an RGB picture."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(_channels_last(np.asarray(image)))
-        return image.convert("RGB")
 
     def _preprocess(
         self, images: Sequence[Image.Image], return_tensors: str | None = None, **settings: Any
@@ -121,9 +102,7 @@ class FM9GVImageProcessor(BaseImageProcessor):  # the release's name, by which t
             grids.append(self.plan(image.size, **settings).grid or (0, 0))
             slices = slice_image(image, settings["scale_resolution"], _max_slices(settings), settings["patch_size"])
             for number, part in enumerate(slices):
-                pixels = np.asarray(part)
-                channels = np.stack([table[channel][pixels[:, :, channel]] for channel in range(3)])
-                rows, info = patch_rows(channels, number, settings["patch_size"])
+                rows, info = patch_rows(look_up(part, table), number, settings["patch_size"])
                 pixel_values.append(rows)
                 patch_info.append(info)
         data = {
@@ -184,8 +163,7 @@ class FM9GVProcessor(ProcessorMixin):
         """Write the tokenizer's files and ``preprocessor_config.json``, as in a release."""
         self.tokenizer.save_pretrained(save_directory)
         settings = {name: getattr(self.image_processor, name) for name in _SETTINGS}
-        text = json.dumps({**_RELEASE_KEYS, **settings}, indent=2, sort_keys=True)
-        (Path(save_directory) / _PREPROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
+        dump_json(Path(save_directory) / _PREPROCESSOR_FILE, {**_RELEASE_KEYS, **settings}, sort_keys=True)
 
     @property
     def unused_input_names(self) -> list[str]:
@@ -277,14 +255,6 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 def _max_slices(settings: Mapping[str, Any]) -> int:
     return settings["max_slice_nums"] if settings["slice_mode"] else 1
-
-
-def _channels_last(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        raise ValueError(f"a picture as an array must be uint8, not {array.dtype}")
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 def _value_table(settings: Mapping[str, Any]) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import dump_json, local_folder, read_json
 
 END_OF_TURN = "<|im_end|>"
 # What transformers writes about how a tokenizer was loaded, and the release's code, which a folder need not hold.
@@ -46,7 +45,7 @@ class FM9GVTokenizer(TokenizersBackend):
         if isinstance(special := settings.pop("extra_special_tokens", None), list):
             settings["additional_special_tokens"] = special  # the name before transformers 5
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": self.padding_side}
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        dump_json(path, settings)
         return files
 
 

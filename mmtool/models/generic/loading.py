@@ -224,9 +224,8 @@ def _without_video(processor_class: Any, tokenizer: Any) -> tuple[Any, Any]:
     loading = type(processor_class.__name__, (processor_class,), body)
     present = [name for name in names if not name.startswith("video")]
     body["get_attributes"] = classmethod(lambda cls: present)
-    if len(present) < len(
-        names
-    ):  # where a class has its own, that is about videos, and SmolVLM's asks the part for them
+    # Where a class has a method of its own for that, it is about videos, and SmolVLM's asks the part for them.
+    if len(present) < len(names):
         body["apply_chat_template"] = ProcessorMixin.apply_chat_template
     return loading, type(processor_class.__name__, (loading,), body)
 

@@ -21,7 +21,7 @@ from mmtool.messages import Audio, Image, Message, Text, to_messages
 from mmtool.models.common.merge import same_shape
 from mmtool.models.generic.chat import ChatWriter, kind_of
 from mmtool.models.generic.tools import check_no_control, check_tool_turns, find_call_format
-from mmtool.template.base import MediaInput, Segment, Template, _content_key
+from mmtool.template.base import MediaInput, Segment, Template, content_key
 from mmtool.template.formats import ChatFormat, Piece
 
 # Inputs of a processor that stand for the text or its tokens; everything else belongs to the media.
@@ -399,7 +399,7 @@ class AutoTemplate(Template):
                     0,
                     len(ids),
                     own,
-                    _content_key(own),
+                    content_key(own),
                     ids=tuple(ids),
                     feature_index=tuple(index for index, token in enumerate(ids) if token == feature),
                     token_fields={name: values for name, values in kinds.items() if any(values)},

@@ -6,8 +6,6 @@ weight files. On disk it is the release's flat file again.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from math import isqrt
@@ -20,7 +18,8 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import given, local_folder, read_json
+from mmtool.models.common.configuration import INTERNAL_KEYS, ReleaseConfig, released_rope
+from mmtool.models.common.folders import given, read_json
 from mmtool.models.common.weights import LazyTensor, read_weights
 from mmtool.models.internlm_xcomposer2.spec import SPECS, VARIANT_OF_TYPE, is_xcomposer2, variant_of
 from mmtool.spec import ModelSpec
@@ -47,11 +46,7 @@ _TEXT_KEYS = (
     *("hidden_act", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
     *("rope_theta", "rope_scaling", "rope_parameters"),
 )
-# Bookkeeping of transformers that has no place in a released config.json.
-_INTERNAL_KEYS = (
-    *("text_config", "vision_config", "variant", "return_dict", "output_hidden_states", "output_attentions"),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type"),
-)
+_INTERNAL_KEYS = (*INTERNAL_KEYS, "variant")
 
 
 class XComposer2TextConfig(LlamaConfig):
@@ -109,7 +104,7 @@ class XComposer2TextConfig(LlamaConfig):
             )
 
 
-class XComposer2Config(PreTrainedConfig):
+class XComposer2Config(ReleaseConfig):
     """Configuration of an InternLM-XComposer2 or 2.5 model.
 
     Args:
@@ -147,11 +142,6 @@ class XComposer2Config(PreTrainedConfig):
         return self.variant != "2.0"
 
     @property
-    def grid_size(self) -> int:
-        """How many patches the tower sees along each side of a view."""
-        return self.vision_config.image_size // self.vision_config.patch_size
-
-    @property
     def task_mode(self) -> str:
         """Which of the task weights of 2.5 are added; ``from_pretrained(folder, task_mode="write")`` sets it."""
         return self.text_config.task_mode
@@ -173,40 +163,41 @@ class XComposer2Config(PreTrainedConfig):
             self.text_config.check_task_mode(self.text_config.task_mode)
 
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the nested settings of a folder or hub id, and the arguments that are not about finding it."""
-        folder, rest = local_folder(pretrained_model_name_or_path, kwargs, ["*.json"])
-        return _nested(read_json(folder / "config.json"), folder), rest
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from nested settings, or from a released ``config.json`` whose folder ``name_or_path`` gives."""
-        if "text_config" not in config_dict:
-            name = kwargs.get("name_or_path") or config_dict.get("name_or_path")
-            if name is None:
-                raise CheckpointError(
-                    "a released config.json does not say how large the vision tower is: load the folder"
-                )
-            folder, kwargs = local_folder(name, kwargs, ["*.json"])
-            config_dict = _nested(config_dict, folder)
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write the release's flat ``config.json``; ``use_diff`` is transformers' and changes nothing."""
-        text = json.dumps(self.to_release_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        Path(json_file_path).write_text(text + "\n", encoding="utf-8")
+    def nested(cls, config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+        """Return the settings of a released ``config.json``, text and vision apart, completed from the weights."""
+        if "text_config" in config:
+            return dict(config)
+        if folder is None:
+            raise CheckpointError("a released config.json does not say how large the vision tower is: load the folder")
+        if not is_xcomposer2(config):
+            raise CheckpointError(f"{folder} holds no InternLM-XComposer2 model: config.json does not name its network")
+        missing = [key for key in _REQUIRED_TEXT_KEYS if config.get(key) is None]
+        if config.get("rope_theta") is None and config.get("rope_parameters") is None:
+            missing.append("rope_theta")
+        if missing:  # the defaults of the release's own code are those of another model
+            raise CheckpointError(
+                f"config.json in {folder} lacks {', '.join(missing)}", "Take config.json from the release."
+            )
+        weights = read_weights(folder)
+        variant = variant_in(weights) or variant_of(config)
+        text = given(config, _TEXT_KEYS)
+        text |= _low_rank_settings(weights, variant)
+        text["max_sequence_length"] = config.get("max_length") or _MAX_LENGTHS[variant]
+        bias = config.get("bias")
+        text["attention_bias"] = _WQKV + ".bias" in weights if bias is None else bias
+        moved = (*_TEXT_KEYS, "max_length", "bias", "use_cache", "img_size")
+        # The release's own choice of an attention kernel is no setting of transformers.
+        own = cls.own_settings(config, (*moved, "attn_implementation"))
+        own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
+        vision = _vision_settings(weights, config.get("img_size"), folder)
+        return own | {"variant": variant, "text_config": text, "vision_config": vision}
 
     def to_release_dict(self) -> dict[str, Any]:
         """Return the settings as a release writes them: flat, without what the weights tell, unknown keys kept."""
         own = {key: value for key, value in self.to_dict().items() if key not in _INTERNAL_KEYS and key[0] != "_"}
         text = self.text_config.to_dict()
-        rope = dict(text.pop("rope_parameters"))
-        theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type", "default")
-        rope.pop("type", None)
-        flat = own | {key: text[key] for key in _TEXT_KEYS if key in text}
-        flat |= {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope}}
+        rope = released_rope(text.pop("rope_parameters"))
+        flat = own | {key: text[key] for key in _TEXT_KEYS if key in text} | rope
         flat |= {"bias": text["attention_bias"], "max_length": text["max_sequence_length"], "use_cache": True}
         if flat["image_token_id"] == type(self).image_token_id:
             del flat["image_token_id"]
@@ -225,38 +216,7 @@ def clip_large(image_size: int) -> dict[str, Any]:
     return sizes | {"image_size": image_size, "patch_size": PATCH_SIZE, "hidden_act": "quick_gelu"}
 
 
-def _nested(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings of a released ``config.json``, text and vision apart, completed from the weights."""
-    if "text_config" in config:
-        return dict(config)
-    if not is_xcomposer2(config):
-        raise CheckpointError(f"{folder} holds no InternLM-XComposer2 model: config.json does not name its network")
-    missing = [key for key in _REQUIRED_TEXT_KEYS if config.get(key) is None]
-    if config.get("rope_theta") is None and config.get("rope_parameters") is None:
-        missing.append("rope_theta")
-    if missing:  # the defaults of the release's own code are those of another model
-        raise CheckpointError(
-            f"config.json in {folder} lacks {', '.join(missing)}", "Take config.json from the release."
-        )
-    weights = read_weights(folder)
-    variant = variant_in(weights) or variant_of(config)
-    text = given(config, _TEXT_KEYS)
-    text |= _low_rank_settings(weights, variant)
-    text["max_sequence_length"] = config.get("max_length") or _MAX_LENGTHS[variant]
-    bias = config.get("bias")
-    text["attention_bias"] = _WQKV + ".bias" in weights if bias is None else bias
-    moved = (*_TEXT_KEYS, "max_length", "bias", "use_cache", "img_size", "_name_or_path", "model_type", "torch_dtype")
-    # The release's own choice of an attention kernel is no setting of transformers.
-    own = {key: value for key, value in config.items() if key not in (*moved, "attn_implementation")}
-    own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
-    if own.get("dtype") is None and config.get("torch_dtype") is not None:
-        own["dtype"] = config["torch_dtype"]
-    vision = _vision_settings(weights, config.get("img_size"), folder)
-    return own | {"variant": variant, "text_config": text, "vision_config": vision}
-
-
 _WQKV = "model.layers.0.attention.wqkv"
-_PLORA_A = re.compile(r"model\.layers\.0\.\w+\.(\w+)\.Plora_A\.weight")
 _TOWER = "vit.vision_tower.vision_model."
 _GLOBAL_SIDE_4KHD = 336
 

@@ -14,17 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers.image_processing_base import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from mmtool.errors import CheckpointError, MediaError, MMToolError
-from mmtool.models.common.folders import local_folder
+from mmtool.models.common.folders import dump_json, local_folder
+from mmtool.models.common.pictures import PictureProcessor, look_up
 from mmtool.models.internlm_xcomposer2.configuration_internlm_xcomposer2 import PATCH_SIZE, XComposer2Config
 from mmtool.models.internlm_xcomposer2.tokenization_internlm_xcomposer2 import InternLM2Tokenizer
 
@@ -109,11 +108,8 @@ class XComposer2ImageKwargs(ImagesKwargs, total=False):
     split_padding: bool
 
 
-class XComposer2ImageProcessor(BaseImageProcessor):
-    """RGB, resize, cut into views, normalise: bit-identical to the release.
-
-    Alpha is dropped without compositing and the EXIF orientation is ignored, as in the release.
-    """
+class XComposer2ImageProcessor(PictureProcessor):
+    """RGB, resize, cut into views, normalise: bit-identical to the release."""
 
     valid_kwargs = XComposer2ImageKwargs
     model_input_names = ("pixel_values", "view_layout")
@@ -130,25 +126,10 @@ class XComposer2ImageProcessor(BaseImageProcessor):
     max_enlargement = None
     split_padding = False
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
-
-    @property
-    def backend(self) -> str:
-        """Name of the library that resizes."""
-        return "pil"
-
     @property
     def side(self) -> int:
         """Pixels along each side of a view."""
         return self.size.height
-
-    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """Return ``image`` (PIL; NumPy or torch, ``uint8``, channels last or first) as an RGB picture."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(_channels_last(np.asarray(image)))
-        return image.convert("RGB")
 
     def plan(self, size: tuple[int, int], **settings: Any) -> TilePlan:
         """Return how this processor cuts a picture of ``size`` (width, height); ``settings`` replace its own."""
@@ -276,8 +257,8 @@ class XComposer2Processor(ProcessorMixin):
         tiling = TILING[self.variant]
         changed = {key: getattr(self.image_processor, key) for key in tiling}
         if changed != tiling:
-            text = json.dumps({"image_processor_type": type(self.image_processor).__name__, **changed}, indent=2)
-            (Path(save_directory) / _SETTINGS_FILE).write_text(text + "\n", encoding="utf-8")
+            settings = {"image_processor_type": type(self.image_processor).__name__, **changed}
+            dump_json(Path(save_directory) / _SETTINGS_FILE, settings)
 
     def with_hd_num(self, hd_num: int) -> "XComposer2Processor":
         """Return this processor with another number of tiles; the tokenizer is shared."""
@@ -325,21 +306,12 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
     return {key: saved[key] for key in ("hd_num", "max_enlargement", "split_padding") if key in saved}
 
 
-def _channels_last(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        raise ValueError(f"a picture as an array must be uint8, not {array.dtype}")
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
 def _normalized(image: Image.Image, settings: Mapping[str, Any]) -> Tensor:
     """Return the ``(3, H, W)`` float32 pixels of an RGB picture, with the roundings of torchvision's transforms."""
     values = torch.arange(256, dtype=torch.float32) / 255
     mean, std = (torch.tensor(settings[key]).unsqueeze(1) for key in ("image_mean", "image_std"))
     table = ((values - mean) / std).numpy()  # (3, 256): what each byte becomes in each channel
-    pixels = np.asarray(image)
-    return torch.from_numpy(np.stack([table[channel][pixels[:, :, channel]] for channel in range(3)]))
+    return torch.from_numpy(look_up(image, table))
 
 
 def _padded(image: Image.Image, plan: TilePlan, settings: Mapping[str, Any]) -> Image.Image:

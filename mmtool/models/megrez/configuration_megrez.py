@@ -4,7 +4,6 @@ as one again. MegrezInstructConfig is Llama's, written as that release does.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,8 @@ from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import given, local_folder, read_json
+from mmtool.models.common.configuration import INTERNAL_KEYS, ReleaseConfig, released_rope
+from mmtool.models.common.folders import dump_json, given
 from mmtool.models.megrez.tokens import DEFAULT_IDS, token_ids
 
 # Keys of a released config.json that belong to the language model; all others stay with the whole model.
@@ -34,12 +34,6 @@ _VISION_KEYS = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "image_size"),
     *("patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
 )
-# Bookkeeping of transformers that has no place in a released config.json.
-_INTERNAL_KEYS = (
-    *("text_config", "vision_config", "audio_config", "return_dict", "output_hidden_states", "output_attentions"),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type"),
-)
-_FILES = ["*.json"]
 
 
 class MegrezAudioConfig(PreTrainedConfig):
@@ -83,7 +77,7 @@ class MegrezAudioConfig(PreTrainedConfig):
         return 4 * self.n_state
 
 
-class MegrezOmniConfig(PreTrainedConfig):
+class MegrezOmniConfig(ReleaseConfig):
     """Configuration of Megrez-3B-Omni; defaults are those of the release.
 
     Args:
@@ -144,31 +138,24 @@ class MegrezOmniConfig(PreTrainedConfig):
             )
 
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the nested settings of a folder or hub id, and the arguments that are not about finding it."""
-        folder, rest = local_folder(pretrained_model_name_or_path, kwargs, _FILES)
-        return _nested(read_json(folder / "config.json"), folder), rest
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from nested settings, or from a released ``config.json``; ``name_or_path`` says where it came from."""
-        if "text_config" not in config_dict:
-            name = kwargs.get("name_or_path") or config_dict.get("name_or_path")
-            folder = None
-            if name is not None:
-                folder, kwargs = local_folder(name, kwargs, _FILES)
-            config_dict = _nested(config_dict, folder)
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write the release's flat ``config.json``; ``use_diff`` is transformers' and changes nothing."""
-        _write(self.to_release_dict(), json_file_path)
+    def nested(cls, config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+        """Return the settings of a released ``config.json`` with the parts apart and the token ids of the folder."""
+        ids = token_ids(folder) if folder is not None else None
+        known = {} if ids is None else {"special_token_ids": ids, "image_token_id": None, "audio_token_id": None}
+        if "text_config" in config:
+            return dict(config) | known
+        own = cls.own_settings(config, (*_TEXT_KEYS, "vision_config", "audio_config", "audio"))
+        text = given(config, _TEXT_KEYS, _NULL_KEYS)
+        vision = {key: value for key, value in (config.get("vision_config") or {}).items() if key in _VISION_KEYS}
+        audio = config.get("audio_config") or config.get("audio") or {}  # `audio` before the release
+        audio = {key: value for key, value in audio.items() if key in _AUDIO_KEYS}
+        audio.setdefault("output_dim", config.get("hidden_size", MegrezAudioConfig.output_dim))
+        own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
+        return own | {"text_config": text, "vision_config": vision, "audio_config": audio} | known
 
     def to_release_dict(self) -> dict[str, Any]:
         """Return the settings as a release writes them: flat, unknown keys kept."""
-        own = {key: value for key, value in self.to_dict().items() if key not in _INTERNAL_KEYS and key[0] != "_"}
+        own = {key: value for key, value in self.to_dict().items() if key not in INTERNAL_KEYS and key[0] != "_"}
         dtype = own.pop("dtype", None) or self.text_config.dtype
         audio, vision = self.audio_config.to_dict(), self.vision_config.to_dict()
         return {
@@ -190,41 +177,18 @@ class MegrezInstructConfig(LlamaConfig):
 
     def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
         """Write ``config.json`` with the keys of the release; ``use_diff`` is transformers' and changes nothing."""
-        drop = (*_INTERNAL_KEYS, *_TEXT_KEYS, "dtype")
+        drop = (*INTERNAL_KEYS, *_TEXT_KEYS, "dtype")
         own = {key: value for key, value in self.to_dict().items() if key not in drop and key[0] != "_"}
         release = own | _released_llama(self) | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        _write(release | {"torch_dtype": _name(self.dtype), "transformers_version": __version__}, json_file_path)
-
-
-def _nested(config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Return the settings of a released ``config.json`` with the parts apart and the token ids of the folder."""
-    ids = token_ids(folder) if folder is not None else None
-    known = {} if ids is None else {"special_token_ids": ids, "image_token_id": None, "audio_token_id": None}
-    if "text_config" in config:
-        return dict(config) | known
-    parts = (*_TEXT_KEYS, "vision_config", "audio_config", "audio", "_name_or_path", "model_type")
-    own = {key: value for key, value in config.items() if key not in parts}
-    fields = MegrezOmniConfig.__dataclass_fields__
-    own = {key: value for key, value in own.items() if value is not None or key not in fields}  # null is the default
-    text = given(config, _TEXT_KEYS, _NULL_KEYS)
-    vision = {key: value for key, value in (config.get("vision_config") or {}).items() if key in _VISION_KEYS}
-    audio = config.get("audio_config") or config.get("audio") or {}  # `audio` before the release
-    audio = {key: value for key, value in audio.items() if key in _AUDIO_KEYS}
-    audio.setdefault("output_dim", config.get("hidden_size", MegrezAudioConfig.output_dim))
-    own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
-    dtype = own.pop("torch_dtype", None)
-    if own.get("dtype") is None and dtype is not None:
-        own["dtype"] = dtype
-    return own | {"text_config": text, "vision_config": vision, "audio_config": audio} | known
+        release |= {"torch_dtype": _name(self.dtype), "transformers_version": __version__}
+        dump_json(json_file_path, release, sort_keys=True)
 
 
 def _released_llama(config: LlamaConfig) -> dict[str, Any]:
     """Return the settings of a language model by the names that releases of its time use."""
     text = config.to_dict()
-    rope = dict(text.pop("rope_parameters"))
-    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type", "default")
-    flat = {key: text[key] for key in _TEXT_KEYS if key in text}
-    flat |= {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope}}
+    rope = released_rope(text.pop("rope_parameters"))
+    flat = {key: text[key] for key in _TEXT_KEYS if key in text} | rope
     if flat["head_dim"] * flat["num_attention_heads"] == flat["hidden_size"]:
         del flat["head_dim"]
     return flat
@@ -232,8 +196,3 @@ def _released_llama(config: LlamaConfig) -> dict[str, Any]:
 
 def _name(dtype: Any) -> str:
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _write(settings: Mapping[str, Any], path: str | os.PathLike) -> None:
-    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
-    Path(path).write_text(text + "\n", encoding="utf-8")

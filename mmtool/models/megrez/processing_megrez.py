@@ -1,7 +1,6 @@
 """Pictures to patch rows, sounds to log-mel frames, and how many positions each one takes; the tokenizer as it is."""
 # Without the future import of annotations: transformers reads those of the classes of keyword arguments.
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 from PIL import Image
 from transformers.image_processing_base import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.whisper.feature_extraction_whisper import WhisperFeatureExtractor
 from transformers.processing_utils import (
     AudioKwargs,
@@ -23,8 +21,9 @@ from transformers.processing_utils import (
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import local_folder, read_json
+from mmtool.models.common.folders import dump_json, local_folder, read_json
 from mmtool.models.common.navit import patch_rows
+from mmtool.models.common.pictures import PictureProcessor
 from mmtool.models.common.slicing import SlicePlan, slice_grid, slice_image, slice_plan
 from mmtool.models.common.text_processor import TextProcessor
 from mmtool.models.megrez.configuration_megrez import MegrezOmniConfig
@@ -63,7 +62,7 @@ class MegrezTokenizer(TokenizersBackend):
         drop = ("backend", "is_local", "local_files_only")
         settings = {key: value for key, value in read_json(path).items() if key not in drop}
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        dump_json(path, settings)
         return files
 
 
@@ -95,11 +94,8 @@ class MegrezImageKwargs(ImagesKwargs, total=False):
     norm_std: list[float]
 
 
-class MegrezOImageProcessor(BaseImageProcessor):
-    """Cut pictures into an overview and tiles, and those into patches; see ``models/common/navit.py`` for the rows.
-
-    Alpha is dropped without compositing and the EXIF orientation is ignored, as in the release.
-    """
+class MegrezOImageProcessor(PictureProcessor):
+    """Cut pictures into an overview and tiles, and those into patches; see ``models/common/navit.py`` for the rows."""
 
     valid_kwargs = MegrezImageKwargs
     model_input_names = ("pixel_values", "patch_info")
@@ -110,15 +106,6 @@ class MegrezOImageProcessor(BaseImageProcessor):
     norm_mean = (0.5, 0.5, 0.5)
     norm_std = (0.5, 0.5, 0.5)
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
-
-    @property
-    def backend(self) -> str:
-        """Name of the library that resizes."""
-        return "pil"
-
     @property
     def max_slices(self) -> int:
         """Most tiles of a picture."""
@@ -127,12 +114,6 @@ class MegrezOImageProcessor(BaseImageProcessor):
     def plan(self, size: tuple[int, int]) -> SlicePlan:
         """Return how a picture of ``size`` (width, height) is cut."""
         return slice_plan(size, self.scale_resolution, self.max_slices, self.patch_size)
-
-    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """Return ``image`` (PIL; NumPy or torch, ``uint8``, channels last or first) as an RGB picture."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(_channels_last(np.asarray(image)))
-        return image.convert("RGB")
 
     def _preprocess(
         self, images: Sequence[Image.Image], return_tensors: str | None = None, **settings: Any
@@ -155,14 +136,6 @@ class MegrezOImageProcessor(BaseImageProcessor):
         pixel_values, patch_info = (np.concatenate(parts) for parts in zip(*rows, strict=True))
         data = {"pixel_values": pixel_values, "patch_info": patch_info, "image_grids": np.array(grids)}
         return BatchFeature(data, tensor_type=return_tensors)
-
-
-def _channels_last(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        raise ValueError(f"a picture as an array must be uint8, not {array.dtype}")
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 # -- sounds ----------------------------------------------------------------------------------------------------------
@@ -312,8 +285,7 @@ class MegrezOProcessor(ProcessorMixin):
             **{key: self.token_texts[part] for key, part in _TOKEN_KEYS.items()},
             **{part: self.token_texts[part] for part in ("audio_start", "audio_end")},
         }
-        text = json.dumps(settings, indent=2, ensure_ascii=False)
-        (Path(save_directory) / _PREPROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
+        dump_json(Path(save_directory) / _PREPROCESSOR_FILE, settings)
 
     # How many positions a medium takes, and what stands at them
 

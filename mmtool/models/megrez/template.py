@@ -14,8 +14,8 @@ from mmtool.errors import MMToolError
 from mmtool.log import get_logger
 from mmtool.media import describe_source, load_audio, load_image
 from mmtool.messages import Audio, Image, Message
-from mmtool.template.base import MediaInput, Template, _content_key
-from mmtool.template.formats import ChatFormat, Piece
+from mmtool.template.base import MediaInput, Template, content_key
+from mmtool.template.formats import ChatFormat, Piece, mark
 
 logger = get_logger(__name__)
 
@@ -44,7 +44,7 @@ class MegrezFormat(ChatFormat):
 
     def head(self, system: str) -> Iterator[Piece]:
         """Give the system turn."""
-        yield from (_mark(self.system[0]), Piece(system), _mark(self.system[1]))
+        yield from (mark(self.system[0]), Piece(system), mark(self.system[1]))
 
     def pieces(self, turns: Sequence[Message], system: str) -> Iterator[Piece]:
         """Give the pieces of a conversation; sounds are counted from its beginning."""
@@ -54,19 +54,15 @@ class MegrezFormat(ChatFormat):
             if message.role == "assistant":
                 yield from self.answered(message, last=index == len(turns) - 1)
                 continue
-            yield _mark(self.user[0])
+            yield mark(self.user[0])
             for part in message.media:
                 if isinstance(part, Image):
-                    yield from (Piece(media=part), _mark("\n"))
+                    yield from (Piece(media=part), mark("\n"))
             for part in message.media:
                 if isinstance(part, Audio):
                     num_sounds += 1
-                    yield from (_mark(f"Audio {num_sounds}: "), Piece(media=part), _mark("\n"))
-            yield from (Piece(message.text), _mark(self.user[1] + self.assistant))
-
-
-def _mark(text: str) -> Piece:
-    return Piece(text, control=True)
+                    yield from (mark(f"Audio {num_sounds}: "), Piece(media=part), mark("\n"))
+            yield from (Piece(message.text), mark(self.user[1] + self.assistant))
 
 
 class MegrezTemplate(Template):
@@ -129,7 +125,7 @@ class MegrezOmniTemplate(MegrezTemplate):
         made = self.processor.image_processor(images=[picture], return_tensors="pt")
         inputs = {name: made[name] for name in self.processor.image_processor.model_input_names}
         ids, index = self.processor.image_ids(picture.size)
-        return MediaInput("image", 0, len(ids), inputs, _content_key(inputs), tuple(ids), tuple(index))
+        return MediaInput("image", 0, len(ids), inputs, content_key(inputs), tuple(ids), tuple(index))
 
     def _sound(self, part: Audio) -> MediaInput:
         extractor = self.processor.feature_extractor
@@ -141,7 +137,7 @@ class MegrezOmniTemplate(MegrezTemplate):
             )
         inputs = dict(extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="pt"))
         ids, index = self.processor.audio_ids(extractor.num_positions(len(samples)))
-        return MediaInput("audio", 0, len(ids), inputs, _content_key(inputs), tuple(ids), tuple(index))
+        return MediaInput("audio", 0, len(ids), inputs, content_key(inputs), tuple(ids), tuple(index))
 
 
 def _num_frames(item: MediaInput) -> int:
@@ -152,7 +148,7 @@ def _seeing(item: MediaInput, num_frames: int) -> MediaInput:
     mask = item.inputs["input_features_mask"]
     seen = (torch.arange(mask.shape[1]) < num_frames).to(mask.dtype).unsqueeze(0)
     inputs = {**item.inputs, "input_features_mask": seen}
-    return replace(item, inputs=inputs, key=_content_key(inputs))
+    return replace(item, inputs=inputs, key=content_key(inputs))
 
 
 def _stored_system(tokenizer: Any, default: str) -> str:

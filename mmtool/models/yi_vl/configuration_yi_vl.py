@@ -6,7 +6,6 @@ On disk it is the release's layout again: ``save_pretrained`` writes the flat fi
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -18,7 +17,8 @@ from transformers.models.clip.configuration_clip import CLIPVisionConfig
 from transformers.models.llama.configuration_llama import LlamaConfig
 
 from mmtool.errors import CheckpointError
-from mmtool.models.common.folders import given, local_folder, read_json, vision_folder
+from mmtool.models.common.configuration import INTERNAL_KEYS, ReleaseConfig, released_rope
+from mmtool.models.common.folders import given, read_json, vision_folder
 
 DEFAULT_VISION_TOWER = "./vit/clip-vit-H-14-laion2B-s32B-b79K-yi-vl-6B-448"
 _PROJECTOR_TYPE = "mlp2x_gelu_Norm"
@@ -32,14 +32,9 @@ _TEXT_KEYS = (
 )
 # Of these, where null says that there is no such token, or no scaling.
 _NULL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "head_dim")
-# Bookkeeping of transformers that has no place in a released config.json.
-_INTERNAL_KEYS = (
-    *("text_config", "vision_config", "return_dict", "output_hidden_states", "output_attentions"),
-    *("chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id", "num_labels", "problem_type"),
-)
 
 
-class YiVLConfig(PreTrainedConfig):
+class YiVLConfig(ReleaseConfig):
     """Configuration of a Yi-VL model; the ``mm_*`` fields carry the released names and defaults.
 
     Args:
@@ -55,6 +50,7 @@ class YiVLConfig(PreTrainedConfig):
 
     model_type = "yi_vl"
     sub_configs: ClassVar = {"text_config": LlamaConfig, "vision_config": CLIPVisionConfig}
+    release_files: ClassVar = ("*.json", "vit/*/*.json")
 
     text_config: dict | LlamaConfig | None = None
     vision_config: dict | CLIPVisionConfig | None = None
@@ -110,39 +106,23 @@ class YiVLConfig(PreTrainedConfig):
         return f"vit/{PurePosixPath(tower.replace(os.sep, '/')).name}"
 
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the nested settings of a folder or hub id, and the arguments that are not about finding it."""
-        folder, rest = local_folder(pretrained_model_name_or_path, kwargs, ["*.json", "vit/*/*.json"])
-        return _nested(read_json(folder / "config.json"), folder), rest
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build from nested settings, or from a released ``config.json`` whose folder ``name_or_path`` gives."""
-        if "text_config" not in config_dict:
-            name = kwargs.get("name_or_path") or config_dict.get("name_or_path")
-            if name is None:
-                raise CheckpointError(
-                    "a released Yi-VL config.json says nothing about its vision tower: load the folder"
-                )
-            folder, kwargs = local_folder(name, kwargs, ["*.json", "vit/*/*.json"])
-            config_dict = _nested(config_dict, folder)
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
-        """Write the release's flat ``config.json``; ``use_diff`` is transformers' and changes nothing."""
-        text = json.dumps(self.to_release_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        Path(json_file_path).write_text(text + "\n", encoding="utf-8")
+    def nested(cls, config: Mapping[str, Any], folder: Path | None) -> dict[str, Any]:
+        """Return the settings of a released ``config.json``, text apart, with the vision part of the vit folder."""
+        if "text_config" in config:
+            return dict(config)
+        if folder is None:
+            raise CheckpointError("a released Yi-VL config.json says nothing about its vision tower: load the folder")
+        own = cls.own_settings(config, _TEXT_KEYS)
+        text = given(config, _TEXT_KEYS, _NULL_KEYS)
+        own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
+        return own | {"text_config": text, "vision_config": _vision_settings(config, folder)}
 
     def to_release_dict(self) -> dict[str, Any]:
         """Return the settings as a release writes them: flat, without the vision tower, unknown keys kept."""
-        own = {key: value for key, value in self.to_dict().items() if key not in _INTERNAL_KEYS and key[0] != "_"}
+        own = {key: value for key, value in self.to_dict().items() if key not in INTERNAL_KEYS and key[0] != "_"}
         text = self.text_config.to_dict()
-        rope = dict(text.pop("rope_parameters"))
-        theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type", "default")
-        flat = own | {key: text[key] for key in _TEXT_KEYS if key in text}
-        flat |= {"rope_theta": theta, "rope_scaling": None if rope_type == "default" else {"type": rope_type, **rope}}
+        rope = released_rope(text.pop("rope_parameters"))
+        flat = own | {key: text[key] for key in _TEXT_KEYS if key in text} | rope
         if flat["head_dim"] * flat["num_attention_heads"] == flat["hidden_size"]:
             del flat["head_dim"]
         if flat["image_token_id"] == type(self).image_token_id:
@@ -159,21 +139,6 @@ class YiVLConfig(PreTrainedConfig):
         vision = copy.deepcopy(self.vision_config)
         vision.architectures, vision.dtype = ["CLIPVisionModel"], self.dtype
         vision.to_json_file(folder / "config.json")
-
-
-def _nested(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the settings of a released ``config.json``, text part apart, with the vision part of the vit folder."""
-    if "text_config" in config:
-        return dict(config)
-    own = {key: value for key, value in config.items() if key not in (*_TEXT_KEYS, "_name_or_path", "model_type")}
-    fields = YiVLConfig.__dataclass_fields__
-    own = {key: value for key, value in own.items() if value is not None or key not in fields}  # null is the default
-    text = given(config, _TEXT_KEYS, _NULL_KEYS)
-    own["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
-    dtype = own.pop("torch_dtype", None)
-    if own.get("dtype") is None and dtype is not None:
-        own["dtype"] = dtype
-    return own | {"text_config": text, "vision_config": _vision_settings(config, folder)}
 
 
 def _vision_settings(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

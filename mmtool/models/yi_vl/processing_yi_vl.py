@@ -1,7 +1,6 @@
 """Pictures to pixel values, and how many positions each one takes; text goes to the SentencePiece tokenizer."""
 # Without the future import of annotations: transformers reads those of the classes of keyword arguments.
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -11,12 +10,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers.image_processing_base import BatchFeature
-from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import SizeDict
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, ProcessorMixin, TextKwargs
 
 from mmtool.errors import CheckpointError, MediaError
-from mmtool.models.common.folders import local_folder, read_json, vision_folder
+from mmtool.models.common.folders import dump_json, local_folder, read_json, vision_folder
+from mmtool.models.common.pictures import PictureProcessor, look_up
 from mmtool.models.common.tokenization import SentencePieceTokenizer
 from mmtool.models.yi_vl.configuration_yi_vl import DEFAULT_VISION_TOWER, YiVLConfig
 
@@ -36,11 +35,8 @@ class YiVLImageKwargs(ImagesKwargs, total=False):
     patch_size: int
 
 
-class YiVLImageProcessor(BaseImageProcessor):
-    """RGB, pad to a square, resize, crop the centre, normalise: bit-identical to the release's CLIP processor.
-
-    Alpha is dropped without compositing and the EXIF orientation is ignored, as in the release.
-    """
+class YiVLImageProcessor(PictureProcessor):
+    """RGB, pad to a square, resize, crop the centre, normalise: bit-identical to the release's CLIP processor."""
 
     valid_kwargs = YiVLImageKwargs
     model_input_names = ("pixel_values",)
@@ -57,21 +53,6 @@ class YiVLImageProcessor(BaseImageProcessor):
     do_convert_rgb = True
     image_aspect_ratio = "pad"
     patch_size = 14
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
-
-    @property
-    def backend(self) -> str:
-        """Name of the library that resizes."""
-        return "pil"
-
-    def process_image(self, image: Any, **kwargs: Any) -> Image.Image:
-        """Return ``image`` (PIL; NumPy or torch, ``uint8``, channels last or first) as an RGB picture."""
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(_channels_last(np.asarray(image)))
-        return image.convert("RGB")
 
     def _preprocess(
         self, images: Sequence[Image.Image], return_tensors: str | None = None, **settings: Any
@@ -151,9 +132,7 @@ class YiVLProcessor(ProcessorMixin):
         patterns = ["*.json", "vit/*/*.json", "tokenizer.model", "*.jinja"]
         folder, kwargs = local_folder(pretrained_model_name_or_path, kwargs, patterns)
         tokenizer = kwargs.pop("tokenizer", None)
-        if not isinstance(
-            tokenizer, SentencePieceTokenizer
-        ):  # serving engines pass what AutoTokenizer made of the folder
+        if not isinstance(tokenizer, SentencePieceTokenizer):  # serving engines pass what AutoTokenizer made of it
             tokenizer = SentencePieceTokenizer.from_pretrained(folder)
         image_processor = kwargs.pop("image_processor", None)
         if not (folder / "config.json").is_file():  # a processor that was saved without its model
@@ -183,8 +162,7 @@ class YiVLProcessor(ProcessorMixin):
         settings = self.image_processor.to_dict()
         settings |= {"image_processor_type": "CLIPImageProcessor", "crop_size": self.image_processor.crop_size.height}
         settings |= {"size": self.image_processor.size.shortest_edge}
-        text = json.dumps(settings, indent=2, sort_keys=True)
-        (folder / _PREPROCESSOR_FILE).write_text(text + "\n", encoding="utf-8")
+        dump_json(folder / _PREPROCESSOR_FILE, settings, sort_keys=True)
 
     def num_image_tokens(self, image_inputs: Mapping[str, Any], index: int) -> int:
         """Return how many positions picture ``index`` of the image processor's output takes: always the same."""
@@ -219,14 +197,6 @@ def _check_size(image_processor: YiVLImageProcessor, image_size: int, folder: Pa
         )
 
 
-def _channels_last(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        raise ValueError(f"a picture as an array must be uint8, not {array.dtype}")
-    if array.ndim == 3 and array.shape[2] not in (1, 3, 4) and array.shape[0] in (1, 3, 4):
-        array = array.transpose(1, 2, 0)
-    return np.ascontiguousarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-
-
 def _pixel_values(image: Image.Image, settings: Mapping[str, Any]) -> np.ndarray:
     """Return the ``(3, H, W)`` float32 input of the tower for an RGB picture."""
     pad = settings["image_aspect_ratio"] == "pad"
@@ -238,9 +208,7 @@ def _pixel_values(image: Image.Image, settings: Mapping[str, Any]) -> np.ndarray
         image = pad_to_square(image, color)
     if settings["do_center_crop"]:
         image = _crop(image, settings["crop_size"].width, settings["crop_size"].height)
-    table = _value_table(settings)
-    channels = np.asarray(image)
-    return np.stack([table[channel][channels[:, :, channel]] for channel in range(3)])
+    return look_up(image, _value_table(settings))
 
 
 def pad_to_square(image: Image.Image, color: tuple[int, ...]) -> Image.Image:

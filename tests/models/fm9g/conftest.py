@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from errno import ENOENT
 from pathlib import Path
@@ -77,12 +76,3 @@ def cases(root: Path) -> Callable[..., Iterator[tuple[str, dict[str, Any], dict[
             yield folder.name, case, expected, load_file(folder / "tensors.safetensors")
 
     return find
-
-
-@pytest.fixture
-def release(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the golden checkpoint that a test may change."""
-    folder = shutil.copytree(checkpoint, tmp_path / "release", copy_function=shutil.copyfile)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder

@@ -1,7 +1,6 @@
 """The golden FM9G4B-V checkpoint, loaded once, and what the golden cases feed it."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from errno import ENOENT
 from pathlib import Path
@@ -91,12 +90,3 @@ def cases(root: Path, processor: FM9GVProcessor) -> Callable[..., Iterator[Case]
                 yield known[folder.name]
 
     return find
-
-
-@pytest.fixture
-def release(checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the golden checkpoint that a test may change."""
-    folder = shutil.copytree(checkpoint, tmp_path / "release", copy_function=shutil.copyfile)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder

@@ -1,7 +1,6 @@
 """The golden InternLM-XComposer2 checkpoints, each loaded once, and what the golden cases feed them."""
 
 import json
-import shutil
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -119,13 +118,6 @@ def wanted_ids() -> Callable[..., list[int]]:
 
 
 @pytest.fixture
-def release(tmp_path: Path) -> Callable[[Golden], Path]:
+def release(copy_of: Callable[[Path, str], Path]) -> Callable[[Golden], Path]:
     """``release(plain)`` is a copy of a golden checkpoint that a test may change."""
-
-    def make(golden_set: Golden) -> Path:
-        folder = shutil.copytree(golden_set.checkpoint, tmp_path / "release", copy_function=shutil.copyfile)
-        for path in [folder, *folder.rglob("*")]:
-            path.chmod(0o755 if path.is_dir() else 0o644)
-        return folder
-
-    return make
+    return lambda golden_set: copy_of(golden_set.checkpoint, "release")

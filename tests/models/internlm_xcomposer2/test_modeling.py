@@ -8,9 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from mmtool.errors import CheckpointError
-from mmtool.models.internlm_xcomposer2.configuration_internlm_xcomposer2 import XComposer2Config, _nested
+from mmtool.models.internlm_xcomposer2.configuration_internlm_xcomposer2 import XComposer2Config
+from mmtool.models.internlm_xcomposer2.modeling_internlm2 import RotaryAngles
 from mmtool.models.internlm_xcomposer2.modeling_internlm_xcomposer2 import (
-    RotaryAngles,
     XComposer2ForConditionalGeneration,
     XComposer2Model,
 )
@@ -293,7 +293,7 @@ COUNTS = {
 
 @pytest.mark.parametrize("name", RELEASES)
 def test_the_released_sizes_have_the_released_weights(name: str, tmp_path: Any) -> None:
-    config = XComposer2Config.from_dict(_nested(RELEASE | RELEASES[name], tmp_path))
+    config = XComposer2Config.from_dict(XComposer2Config.nested(RELEASE | RELEASES[name], tmp_path))
     with torch.device("meta"):
         model = Model(config)
     shapes = {ours: tuple(weight.shape) for ours, weight in model.state_dict().items()}
@@ -346,7 +346,8 @@ def test_the_released_sizes_have_the_released_weights(name: str, tmp_path: Any) 
     found = tuple(counts[kind] for kind in ("llm", "plora", "tasks", "vision", "projector"))
     assert found == pytest.approx(COUNTS[name], abs=0.01)
     assert model.config.text_config.head_dim == 128
-    assert model.config.grid_size**2 + 1 == POSITIONS[name]
+    vision = model.config.vision_config
+    assert (vision.image_size // vision.patch_size) ** 2 + 1 == POSITIONS[name]
     assert model.config.text_config.max_sequence_length == (4096 if name in ("7b", "vl") else 16384)
 
 

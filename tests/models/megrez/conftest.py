@@ -1,7 +1,6 @@
 """The golden Megrez checkpoints, loaded once, and their cases as messages."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,12 +62,9 @@ def read_case() -> Callable[[Path], list[list[dict]]]:
 
 
 @pytest.fixture
-def release(omni: Path, tmp_path: Path) -> Path:
+def release(omni: Path, copy_of: Callable[[Path, str], Path]) -> Path:
     """A copy of the golden Omni checkpoint that a test may change."""
-    folder = shutil.copytree(omni / "checkpoint", tmp_path / "release", copy_function=shutil.copyfile)
-    for path in [folder, *folder.rglob("*")]:
-        path.chmod(0o755 if path.is_dir() else 0o644)
-    return folder
+    return copy_of(omni / "checkpoint", "release")
 
 
 @pytest.fixture

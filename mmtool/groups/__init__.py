@@ -1,0 +1,1 @@
+"""Groups of options, each option written once as a field; ``args.py`` composes the commands of them."""
