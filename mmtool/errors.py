@@ -12,6 +12,8 @@ class MMToolError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")  # where nobody catches it, in a script or a notebook
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle all attributes: an exception by itself only keeps its positional arguments."""

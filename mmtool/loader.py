@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,9 +16,9 @@ from transformers.utils import logging
 
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.hub import resolve_folder
-from mmtool.models.common.bnb import finish_bnb, is_bnb, quiet
+from mmtool.models.common.bnb import METHOD, finish_bnb, is_bnb
 from mmtool.models.common.folders import read_json
-from mmtool.models.common.quantised import CONFIG_KEY, finish_quantised
+from mmtool.models.common.quantised import CONFIG_KEY, INSTALL, finish_quantised
 from mmtool.registry import MODELS, detect_model_type, get_model_spec
 from mmtool.spec import ModelSpec
 from mmtool.utils import collection_paused, did_you_mean, import_object, resolve_dtype
@@ -160,8 +161,8 @@ def load_model(
             keywords["attn_implementation"] = attn_impl
         keywords |= model_kwargs or {}
         stored = read_json(folder / "config.json")
-        if is_bnb(stored):
-            quiet()
+        if is_bnb(stored) and importlib.util.find_spec(METHOD) is None:
+            raise MMToolError(f"the weights in {folder} need the package {METHOD}", INSTALL)
         with _progress_bar(spec.embedded is None and sys.stderr.isatty()):
             try:
                 model = model_class.from_pretrained(folder, **keywords)

@@ -242,7 +242,11 @@ def _hint_for(word: str, by_name: Iterable[str], others: Mapping[str, type], oth
     elsewhere = hint_for_option(name)
     if elsewhere:
         return elsewhere
-    owners = [command for command, cls in others.items() if any(name == option.name for option in options_of(cls))]
+    owners = [
+        command
+        for command, cls in others.items()
+        if any(name in (option.name, *option.aliases) for option in options_of(cls))
+    ]
     if owners:
         return f"It is an option of mmtool {' and '.join(owners)}."
     return did_you_mean(word, [f"{dashes}{known}" for known in by_name], otherwise) or otherwise

@@ -53,9 +53,14 @@ def detect_model_type(config: Mapping[str, Any], folder: Path | str) -> str:
             hint = did_you_mean(str(named), MODELS, "Pass --model_type; `mmtool list models` shows all of them.")
             raise CheckpointError(f"{folder}: config.json names the unknown mmtool_model_type {named!r}", hint)
         return named
-    for spec in MODELS.values():
-        if spec.matches(config):
-            return spec.model_type
+    try:
+        for spec in MODELS.values():
+            if spec.matches(config):
+                return spec.model_type
+    except (TypeError, AttributeError) as error:  # a text where all releases have a number, and the like
+        raise CheckpointError(
+            f"{folder}: config.json has a value of the wrong kind: {error}", "Compare it with the release's file."
+        ) from error
     found = f"model_type {config.get('model_type')!r}, architectures {config.get('architectures')!r}"
     raise CheckpointError(
         f"cannot tell which model {folder} holds: no known type matches its config.json ({found})",

@@ -88,6 +88,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["zzz"], "unknown command 'zzz'", "`mmtool --help` lists the commands."),
         (["merge-lora"], "unknown command 'merge-lora'", "Use mmtool export --ckpt_dir FOLDER --merge_lora true."),
         (["infer", "--lora_rank", "4"], "unknown option --lora_rank", "It is an option of mmtool sft."),
+        (["infer", "--lora_dropout_p", "0"], "unknown option --lora_dropout_p", "It is an option of mmtool sft."),
         (["--verison"], "unknown option --verison", "Did you mean --version?"),
         (["--model_type", "tiny"], "unknown option --model_type", "mmtool infer --name value"),
         (["infer", "--modle_type", "x"], "unknown option --modle_type", "Did you mean --model_type?"),

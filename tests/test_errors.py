@@ -1,6 +1,7 @@
 """Errors carry a message, a hint and, where they have one, a place."""
 
 import pickle
+import traceback
 
 import pytest
 
@@ -12,6 +13,8 @@ def test_an_error_is_its_message_and_a_hint(cls: type[MMToolError]) -> None:
     error = cls("it is broken", "Mend it.")
     assert (str(error), error.message, error.hint) == ("it is broken", "it is broken", "Mend it.")
     assert cls("no hint").hint is None
+    shown = "".join(traceback.format_exception(error))
+    assert shown.endswith("it is broken\nhint: Mend it.\n")  # what a script or a notebook shows
     assert isinstance(error, MMToolError)
 
 

@@ -41,7 +41,7 @@ logger = get_logger(__name__)
 TOWER_BATCH = 8  # media per tower call
 PACK_SHARE = 1 / 3  # of free memory, for a copy of the weights
 SHARED_AT_MOST = 0.25  # part of a prompt that is rather computed than waited for
-TOGETHER_BESIDE = 128  # prompt positions that share their products in the second thread; more gain little
+TOGETHER_BESIDE = 256  # prompt positions that share their products in the second thread: the next wait less then
 PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for the next token
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from mmtool.engine.base import Request, TokenLogprob
 from mmtool.engine.stepped import Run, SteppedEngine
 from mmtool.errors import MMToolError, TooLongError
+from mmtool.log import get_logger
 from mmtool.models.common.folders import read_json
 from mmtool.models.common.quantised import CONFIG_KEY
 from mmtool.utils import import_object
@@ -27,6 +28,8 @@ from mmtool.vllm_plugin import architectures
 if TYPE_CHECKING:
     from mmtool.spec import ModelSpec
     from mmtool.template.base import MediaInput
+
+logger = get_logger(__name__)
 
 MOST_SEEN = 10_000  # media that are remembered to have been there before
 
@@ -83,6 +86,7 @@ class VllmEngine(SteppedEngine):
         self.adapters = tuple(settings.adapters)
         self.vocab_size = model.get_vocab_size()
         self.kv_bytes = _kv_bytes(self.llm)
+        logger.info("KV memory: %.1f MB, for all conversations together", self.kv_bytes / 1e6)
         self._encoder_room: int = getattr(self.llm.input_processor, "mm_encoder_cache_size", 0)
         self._started: dict[str, Run] = {}
         self._seen: dict[str, None] = {}  # keys of media, those of long ago left out

@@ -16,7 +16,7 @@ from mmtool.export.layout import Release
 from mmtool.export.quantise import WeightQuantiser
 from mmtool.export.shards import Entry
 from mmtool.groups.export import QuantArgs
-from mmtool.models.common.bnb import BLOCK, ROWS, eight_bits, four_bit_shapes, four_bits, quiet
+from mmtool.models.common.bnb import BLOCK, ROWS, eight_bits, four_bit_shapes, four_bits
 
 _REPLACED = (nn.Linear, Conv1D)  # layers that transformers makes one of bitsandbytes of, where nothing says otherwise
 
@@ -36,7 +36,6 @@ class BitsAndBytes(WeightQuantiser):
         Raises:
             MMToolError: where nothing is left to quantise.
         """
-        quiet()
         self.bits, self._dtype = int(given.quant_bits), dtype
         stored = {item.parameter for item in release.tensors}
         fits = {

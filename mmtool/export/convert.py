@@ -137,7 +137,7 @@ def _in_range(item: Stored, target: torch.dtype) -> Callable[[], Tensor]:
 
 def _finite(item: Stored, weight: Tensor) -> Tensor:
     """Return a weight; raise MMToolError where its number format does not reach far enough."""
-    if not all(math.isfinite(float(value)) for value in torch.aminmax(weight)):
+    if weight.numel() and not all(math.isfinite(float(value)) for value in torch.aminmax(weight)):
         name = str(weight.dtype).removeprefix("torch.")
         raise MMToolError(f"{item.name} has numbers that {name} cannot hold", "Use --dtype bf16 or fp32.")
     return weight

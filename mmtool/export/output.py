@@ -17,7 +17,8 @@ from mmtool.models.common.folders import dump_json, read_json, sync_files
 PARTIAL, REPLACED = ".unfinished-", ".replaced-"
 _SPARE = 64 << 20  # bytes that stay free beside what is written
 # What training leaves in a checkpoint, and what belongs to the page of another model.
-_LEFT_OUT = (SETTINGS, ADAPTER_CONFIG, RECORD, TRAINER_STATE, VAL_DATASET, "README.md", "latest", "zero_to_fp32.py")
+_LEFT_OUT = (SETTINGS, ADAPTER_CONFIG, RECORD, TRAINER_STATE, VAL_DATASET, "README.md", "accuracy.json", "latest")
+_LEFT_OUT += ("zero_to_fp32.py",)
 LEFT_OUT = re.compile("|".join(map(re.escape, _LEFT_OUT)))
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 

@@ -31,7 +31,7 @@ def linear_layers(
         network: the network.
         spec: its model type.
         parts: names of parts; the language model if empty.
-        left_out: names of layers, or ends of names, that are left out.
+        left_out: names of layers, or parts of names between dots (``down_proj``, ``layers.0``), that are left out.
 
     Raises:
         MMToolError: for a part or a layer that does not exist, or where there is none.
@@ -54,7 +54,7 @@ def linear_layers(
             "It can be exported as it is, with --dtype bf16 or fp16.",
         )
     for word in left_out:
-        hits = [name for name in found if name == word or name.endswith(f".{word}") or name.startswith(f"{word}.")]
+        hits = [name for name in found if f".{word}." in f".{name}."]
         if not hits:
             ends = dict.fromkeys(name.rpartition(".")[2] for name in found)
             hint = did_you_mean(word, ends, f"There are {', '.join(ends)}.")

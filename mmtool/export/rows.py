@@ -16,6 +16,7 @@ from mmtool.messages import Message
 from mmtool.models.common.folders import read_json
 
 SAMPLE_SEED = 0
+FEW = 8  # rows that a run kept say little alone
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Rows:
 def read_rows(args: ExportArgs, source: Source, count: int, max_length: int | None = None) -> Rows:
     """Return at most ``count`` rows: of ``--dataset``; or kept by the run; or, of the embedded model, its own set.
 
-    Without any, a few built-in conversations.
+    Without any, a few built-in conversations; they are added to a few rows that were not asked for.
     """
     config = read_json(source.folder / "config.json")
     limit = config.get("text_config", config).get("max_position_embeddings")
@@ -64,4 +65,10 @@ def read_rows(args: ExportArgs, source: Source, count: int, max_length: int | No
             row.pop("row")
             encoded.append(row)
             messages.append(data.train.conversation(index).messages)
-    return Rows(messages, encoded, f"rows of {', '.join(files) if files else 'the embedded set'}", template)
+    origin = f"rows of {', '.join(files) if files else 'the embedded set'}"
+    if not args.quant.dataset and len(messages) < FEW:
+        more = conversations(source.spec, source.system)
+        messages += more
+        encoded += [template.encode(each, train=True) for each in more]
+        origin += " and built-in ones"
+    return Rows(messages, encoded, origin, template)

@@ -88,9 +88,11 @@ class Terminal:
         readline.set_completer(complete_path)
         libedit = "libedit" in (readline.__doc__ or "")
         readline.parse_and_bind("bind ^I rl_complete" if libedit else "tab: complete")
-        if not libedit:  # in a C locale, bytes above 127 would be keys with Meta; several pasted lines are one question
-            for setting in ("input-meta on", "output-meta on", "convert-meta off", "enable-bracketed-paste on"):
+        if not libedit:  # in a C locale, bytes above 127 would be keys with Meta
+            for setting in ("input-meta on", "output-meta on", "convert-meta off"):
                 readline.parse_and_bind(f"set {setting}")
+            if os.environ.get("TERM", "dumb") != "dumb":  # several pasted lines are one question
+                readline.parse_and_bind("set enable-bracketed-paste on")
 
 
 class StopOnInterrupt:

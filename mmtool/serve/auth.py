@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmtool.errors import MMToolError
+
+ENVIRONMENT = "MMTOOL_API_KEY"  # where --api_key comes from as well
 
 
 class Keys:
@@ -35,7 +38,7 @@ def read_keys(keys: Sequence[str], key_file: str | None) -> tuple[str, ...]:
     """Return the keys given directly and those of a file, one per line; lines with # are comments.
 
     Raises:
-        MMToolError: for a file without keys, and for keys that a header cannot hold.
+        MMToolError: for a file or an environment variable without keys, and for keys that a header cannot hold.
     """
     found = list(keys)
     if key_file is not None:
@@ -47,6 +50,8 @@ def read_keys(keys: Sequence[str], key_file: str | None) -> tuple[str, ...]:
         if not in_file:  # an empty file must not open the server to everybody
             raise MMToolError(f"--api_key_file {key_file} has no keys", "Write one key on each line.")
         found += in_file
+    if not found and ENVIRONMENT in os.environ:  # a variable that was meant to hold one
+        raise MMToolError(f"{ENVIRONMENT} is set, but has no keys", "Unset it to let everybody in.")
     for key in found:
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise MMToolError("--api_key: a key is empty, or has blanks or special characters", "Use letters.")

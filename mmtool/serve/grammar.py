@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import llguidance
@@ -15,8 +17,10 @@ from mmtool.serve.errors import ApiError, bad_request
 from mmtool.serve.vocabulary import Vocabulary
 
 MAX_SCHEMA = 100_000  # characters
-# One line, or indented as deep as anybody does. With room for more blanks, a weak model fills it again and again.
-_LAYOUT = {"whitespace_pattern": r" ?(\r?\n[ \t]{0,40})?"}
+# One line, or indented. With room for more blanks, a weak model fills it again and again.
+INDENTED = {"whitespace_pattern": r" ?(\r?\n[ \t]{0,20})?"}
+# For llguidance before 1.8, as vLLM wants it, which repeats the pattern without end: one line alone.
+COMPACT = {"whitespace_flexible": False, "item_separator": r" ?, ?", "key_separator": r" ?: ?"}
 
 
 class TokenGrammar:
@@ -95,4 +99,10 @@ class GrammarCompiler:
 
 
 def _json_grammar(schema: str) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_LAYOUT)
+    return llguidance.LLMatcher.grammar_from_json_schema(schema, defaults=_layout(version("llguidance")))
+
+
+@cache
+def _layout(installed: str) -> dict[str, Any]:
+    number = tuple(int(part) for part in installed.split(".")[:2])
+    return INDENTED if number >= (1, 8) else COMPACT

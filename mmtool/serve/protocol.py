@@ -200,10 +200,10 @@ def check_fields(cls: type[Whole], fields: Mapping[str, Any]) -> Whole:
 
 
 def _refusal(error: ValidationError, cls: type[BaseModel]) -> ApiError:
-    # Of a union every member says what it misses; the deepest has understood most of it.
+    # Of a union every member says what it misses; the deepest has understood most of it, then one of the right type.
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]["loc"][:1]
     found = [item for item in error.errors(include_url=False, include_context=False) if item["loc"][:1] == first]
-    worst = max(found, key=lambda item: len(item["loc"]))
+    worst = max(found, key=lambda item: (len(item["loc"]), not item["type"].endswith("_type")))
     if worst["type"] == "json_invalid":
         return bad_request(f"The body is not JSON: {worst['msg'].removeprefix('Invalid JSON: ')}", code="invalid_json")
     if worst["type"] == "value_error":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -186,7 +186,7 @@ class Service:
             prepared = await self.media.prepare(conversation)
             return (await self._encoded(self.template.encode, prepared, param="messages"))["input_ids"]
 
-    async def stream_text(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> AsyncIterator[str]:
+    async def stream_text(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> AsyncGenerator[str, None]:
         """Give the pieces of the answer to a conversation as they come, with all checks of ``/v1/chat/completions``.
 
         Closing the iterator cancels the request.

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmtool.errors import MMToolError
+from mmtool.log import get_logger
 from mmtool.serve.auth import Keys
-from mmtool.serve.errors import ApiError
+from mmtool.serve.errors import ApiError, internal
 from mmtool.serve.service import Service
+
+logger = get_logger(__name__)
 
 PATH = "/ui"
 KEPT_SECONDS = 3600  # how long files that people upload stay on disk
@@ -163,8 +167,9 @@ def build_page(service: Service) -> Any:
         max_tokens: float,
     ) -> AsyncIterator[Any]:
         fields = {"temperature": temperature, "top_p": top_p, "max_tokens": int(max_tokens)}
-        async for shown in _answer(service, message, history, system, fields):
-            yield shown
+        async with aclosing(answer(service, message, history, system, fields)) as pieces:
+            async for shown in pieces:
+                yield shown
 
     takes = [kind for kind in _KINDS if kind in card.modalities]
     named = " and ".join(_NAMES[kind] for kind in takes)
@@ -201,30 +206,34 @@ def build_page(service: Service) -> Any:
     return chat
 
 
-async def _answer(
+async def answer(
     service: Service,
     message: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]],
     system: str,
     fields: Mapping[str, float],
-) -> AsyncIterator[Any]:
-    """Give the answer so far, again and again, and at the end why there is none."""
-    import gradio
+) -> AsyncGenerator[str | dict[str, Any], None]:
+    """Give the answer so far, again and again; and at the end, where there is none, a turn that says why.
 
+    Nothing is raised: after an exception, the page takes no other question.
+    """
     text, shown, at = "", "", 0.0
     try:
-        async for piece in service.stream_text(conversation(message, history, system), **fields):
-            text += piece
-            if time.monotonic() - at >= REFRESH_SECONDS:
-                shown, at = text, time.monotonic()
-                yield shown
+        async with aclosing(service.stream_text(conversation(message, history, system), **fields)) as pieces:
+            async for piece in pieces:
+                text += piece
+                if time.monotonic() - at >= REFRESH_SECONDS:
+                    shown, at = text, time.monotonic()
+                    yield shown
         if text != shown:
             yield text
-    except ApiError as error:
-        # As a turn of its own: after an exception, the page takes no other question.
+    except Exception as error:  # a bug as well: the log has it all
+        if not isinstance(error, ApiError):
+            logger.exception("a question on the page failed")
+            error = internal()
         said = error.message.removeprefix(f"{error.param}: ")  # a person has not written messages[1].content[0]
         said = said[:1].upper() + said[1:]
-        yield gradio.ChatMessage(f"{text}\n\n{said}".strip(), metadata={"title": NOT_ANSWERED})
+        yield {"content": f"{text}\n\n{said}".strip(), "metadata": {"title": NOT_ANSWERED}}
 
 
 def _fields(service: Service) -> list[Any]:

@@ -8,7 +8,7 @@ import shlex
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mmtool.sft.batches import Collator, Packs, pack_rows
 from mmtool.sft.checkpoint import plain_disk_errors, tidy, write_json
 from mmtool.sft.network import Network, load_network
 from mmtool.sft.parts import format_table
-from mmtool.sft.places import find_resumed, run_folder
+from mmtool.sft.places import find_resumed, make_run_folder, only_run_in
 from mmtool.sft.progress import Progress
 from mmtool.sft.ranks import Ranks
 from mmtool.sft.run import Run
@@ -66,13 +66,12 @@ def sft_main(args: SftArgs) -> None:
         raise MMToolError(f"--fsdp {args.devices.fsdp} needs several processes", "Add --nproc_per_node 2, or more.")
     if deepspeed is not None:
         prepare_deepspeed(use_cpu)
-    try:
+    with ExitStack() as held:
+        held.callback(ranks.disconnect)
         ranks.connect(use_cpu, alone=deepspeed is not None)
-        resumed, place = ranks.share(_places(args, spec) if ranks.is_main else None)
+        resumed, place = ranks.share(_places(args, spec, held) if ranks.is_main else None)
         with plain_disk_errors(place):
             _train(Run(args, spec, folder, place, resumed, ranks, use_cpu, deepspeed))
-    finally:
-        ranks.disconnect()
 
 
 def _train(run: Run) -> None:
@@ -137,22 +136,26 @@ def _load_data(run: Run, template: Any) -> TrainingData:
     return data
 
 
-def _places(args: SftArgs, spec: ModelSpec) -> tuple[Path | None, Path]:
-    """Return the checkpoint to go on from, if any, and the folder of the run; the main process decides for all."""
+def _places(args: SftArgs, spec: ModelSpec, held: ExitStack) -> tuple[Path | None, Path]:
+    """Return the checkpoint to go on from, if any, and the folder of the run, which belongs to it while ``held`` lasts.
+
+    The main process decides for all.
+    """
     output_dir = Path(args.run.output_dir).expanduser().resolve()
     asked = args.train.resume_from_checkpoint
     resumed = find_resumed(asked, output_dir, spec.model_type).resolve() if asked else None
     now = time.strftime("%Y%m%d-%H%M%S")
-    run = resumed.parent if resumed else run_folder(output_dir, spec.model_type, args.run.add_output_dir_suffix, now)
+    suffix = args.run.add_output_dir_suffix
+    try:
+        run = resumed.parent if resumed else make_run_folder(output_dir, spec.model_type, suffix, now)
+        held.enter_context(only_run_in(run))
+    except OSError as error:
+        raise MMToolError(f"cannot make {error.filename}: {error.strerror}", "Name another --output_dir.") from error
     if resumed is None and checkpoint_steps(run):
         raise MMToolError(
             f"--output_dir {run} holds the checkpoints of another run",
             "Go on with it (--resume_from_checkpoint last), or name another folder.",
         )
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MMToolError(f"cannot make {run}: {error.strerror}", "Name another --output_dir.") from error
     tidy(run)
     return resumed, run
 

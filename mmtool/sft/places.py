@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mmtool.args import SftArgs
-from mmtool.errors import CheckpointError
+from mmtool.errors import CheckpointError, MMToolError
 from mmtool.finetuned import SETTINGS, TRAINER_STATE, checkpoint_steps
 from mmtool.models.common.folders import read_json
 from mmtool.options import options_of
+
+try:
+    import fcntl
+except ImportError:  # not part of Python on Windows: two runs in one folder are then not told apart
+    fcntl = None
+
+LOCK = ".lock"
 
 # What a resumed run does not take over from the one before: where it is, and how it talks.
 FREE = {"resume_from_checkpoint", "output_dir", "log_level", "verbose", "show_prompt"}
@@ -24,6 +33,44 @@ def run_folder(output_dir: Path, model_type: str, suffix: bool, now: str) -> Pat
     parent = output_dir / model_type
     versions = [int(m[1]) for path in parent.glob("v*") if (m := re.match(r"v(\d+)(-|$)", path.name))]
     return parent / f"v{max(versions, default=-1) + 1}-{now}"
+
+
+def make_run_folder(output_dir: Path, model_type: str, suffix: bool, now: str) -> Path:
+    """Make the folder of a new run, one of its own even where several runs start in the same second."""
+    while True:
+        run = run_folder(output_dir, model_type, suffix, now)
+        try:
+            run.mkdir(parents=True, exist_ok=not suffix)
+        except FileExistsError:
+            if not run.is_dir():
+                raise
+        else:
+            return run
+
+
+@contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from training in ``folder``; a process that is killed lets go of it.
+
+    Raises:
+        MMToolError: where another one does already.
+    """
+    if fcntl is None:
+        yield
+        return
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by a data process
+        except (BlockingIOError, PermissionError):
+            raise MMToolError(
+                f"another run is training in {folder}", "Wait until it has ended, or name another --output_dir."
+            ) from None
+        except OSError:  # a network file system without locks
+            pass
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)
 
 
 def find_resumed(asked: str, output_dir: Path, model_type: str | None) -> Path:

@@ -393,3 +393,45 @@ def test_only_folders_are_replaced_and_not_the_one_that_one_is_in(
     export(*command, tmp_path / "link")
     assert (tmp_path / "target" / "config.json").is_file()
     assert left(tmp_path) == {"file", "inside", "link", "target"}
+
+
+@pytest.mark.parametrize("weight", ["abc", "nan", "inf", ""])
+def test_the_weight_of_an_adapter_is_a_number(
+    weight: str, adapter: Callable[..., Path], export: Callable[..., None]
+) -> None:
+    trained = adapter(None, target_modules=LLM)
+    with pytest.raises(MMToolError, match=f"--adapters {trained}:{weight}: '{weight}' is no weight"):
+        export("--model_type", "tiny", "--adapters", f"{trained}:{weight}", "--merge_lora", "true")
+    with pytest.raises(CheckpointError, match="--adapters nowhere: no such folder"):
+        export("--model_type", "tiny", "--adapters", "nowhere:0.5", "--merge_lora", "true")
+
+
+def test_an_adapter_that_is_cut_off_is_refused(adapter: Callable[..., Path], export: Callable[..., None]) -> None:
+    trained = adapter(None, target_modules=LLM)
+    data = (trained / "adapter_model.safetensors").read_bytes()
+    (trained / "adapter_model.safetensors").write_bytes(data[:-50])
+    with pytest.raises(CheckpointError, match="cannot read the adapter in"):
+        export("--model_type", "tiny", "--ckpt_dir", trained, "--merge_lora", "true")
+    with pytest.raises(CheckpointError, match="does not fit the model"):
+        attach_adapter(load_model(*open_folder("tiny"))[0], trained)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_numbers_that_a_format_cannot_hold_are_refused(
+    merge: bool,
+    released: Callable[[str], Path],
+    adapter: Callable[..., Path],
+    export: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(released("llama"), tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name][0, 0] = 1e5
+    save_file(weights, tmp_path / "base" / "model.safetensors", {"format": "pt"})
+    words = ["--model_id_or_path", tmp_path / "base", "--dtype", "fp16", "--verify", "false"]
+    if merge:
+        words += ["--ckpt_dir", adapter(tmp_path / "base", target_modules=["up_proj"]), "--merge_lora", "true"]
+    with pytest.raises(MMToolError, match=f"{name} has numbers that float16 cannot hold"):
+        export(*words)
+    assert left(tmp_path) - {"adapter"} == {"base"}

@@ -194,6 +194,15 @@ def test_pasted_lines_are_one_line(echo):
     assert [line for line in shown.splitlines() if line][-3:] == ["[How many", "shapes?", " Say."]
 
 
+def test_a_terminal_that_knows_no_codes_gets_none(echo):
+    screen = echo(TERM="dumb")
+    os.write(screen.fd, b"line\r")
+    raw = b""
+    while b"[line]" not in raw:
+        raw += os.read(screen.fd, 4096)
+    assert b"\x1b" not in raw
+
+
 @pytest.mark.parametrize("place", ["/dev/null/no", "/proc"])
 def test_a_history_that_cannot_be_kept_changes_nothing(echo, place):
     screen = echo(XDG_STATE_HOME=place)

@@ -1,5 +1,6 @@
 """Which model a folder holds: found from the folder alone, and a wrong explicit type is told so."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,3 +39,17 @@ def test_a_folder_tells_its_type_and_refuses_others(family: str, golden: Callabl
         assert f"--model_type {model_type}" in str(error.value)
         assert f"holds a {found} model" in str(error.value)
         assert error.value.hint == f"Pass --model_type {found}, or leave it out."
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"model_type": "llama", "hidden_size": "wide"}, "expected int, got str"),
+        ({"mm_projector_type": "mlp2x_gelu_Norm", "hidden_size": "wide"}, "a value of the wrong kind"),
+        ({"model_type": "llava", "mm_projector_type": "linear", "mm_vision_tower": "openai/clip"}, "LLaVA's own code"),
+    ],
+)
+def test_a_config_that_nothing_can_be_made_of_is_an_error(config: dict, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=reason):
+        open_folder(None, tmp_path)

@@ -115,6 +115,13 @@ def test_what_is_no_json_object_is_refused(server, path, body):
     error_of(server.http.post(path, content=body, headers=headers), 400)
 
 
+def test_of_several_types_the_right_one_says_what_is_wrong(server):
+    many = error_of(server.post(CHAT, {"messages": USER, "stop": ["x"] * 17}), 400)
+    assert many["param"] == "stop" and "at most 16" in many["message"]
+    none = error_of(server.post(TEXT, {"prompt": []}), 400)
+    assert none["param"] == "prompt" and "at least 1" in none["message"]
+
+
 def test_another_content_type_is_refused(server):
     body = json.dumps({"messages": USER})
     response = server.http.post(CHAT, content=body, headers={"content-type": "text/plain"})

@@ -57,6 +57,14 @@ def test_a_file_without_keys_does_not_open_the_server(tmp_path, text):
         read_keys([], str(tmp_path / "absent"))
 
 
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_variable_without_keys_does_not_open_the_server(monkeypatch, value):
+    monkeypatch.setenv("MMTOOL_API_KEY", value)
+    with pytest.raises(MMToolError, match="MMTOOL_API_KEY is set, but has no keys"):
+        read_keys([], None)
+    assert read_keys(["a"], None) == ("a",)
+
+
 @pytest.mark.parametrize("key", ["", "a b", "ä", "a\n"])
 def test_a_key_that_no_header_can_hold_is_refused(key):
     with pytest.raises(MMToolError):

@@ -1,9 +1,11 @@
 """What the chat page sends to the model for what it shows; the page itself is tested in a browser."""
 
+import asyncio
+
 import pytest
 
 from mmtool.serve.errors import ApiError
-from mmtool.serve.ui import NOT_ANSWERED, conversation
+from mmtool.serve.ui import NOT_ANSWERED, answer, conversation
 
 
 @pytest.fixture
@@ -63,3 +65,26 @@ def test_only_uploads_are_read(picture, tmp_path_factory):
     other.write_bytes(b"abc")
     with pytest.raises(ApiError, match="was not uploaded"):
         conversation({"text": "What is it?", "files": [str(other)]}, [], "")
+
+
+def answers(server, text, **fields):
+    async def collect():
+        return [piece async for piece in answer(server.service, {"text": text}, [], "", fields)]
+
+    return asyncio.run_coroutine_threadsafe(collect(), server.server._loop).result(30)
+
+
+def test_an_answer_grows(server):
+    pieces = answers(server, "Hello")
+    assert pieces[-1] == "Hello! I am tiny. Show me a picture."
+    assert all(pieces[-1].startswith(piece) for piece in pieces)
+    assert server.service.metrics.completion_tokens >= 14
+
+
+def test_why_there_is_no_answer_is_a_turn_of_its_own(server, monkeypatch, caplog):
+    (turn,) = answers(server, "Hello " * 3000)
+    assert turn["metadata"] == {"title": NOT_ANSWERED} and turn["content"].startswith("The prompt has")
+    monkeypatch.setattr("mmtool.serve.ui.conversation", lambda *args: 1 / 0)
+    (turn,) = answers(server, "Hello")
+    assert turn["metadata"] == {"title": NOT_ANSWERED} and "its log says why" in turn["content"]
+    assert "ZeroDivisionError" in caplog.text

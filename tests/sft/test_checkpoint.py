@@ -1,6 +1,10 @@
 import errno
 import json
 import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +12,7 @@ import pytest
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.finetuned import TRAINER_STATE, checkpoint_steps, open_finetuned
 from mmtool.sft.checkpoint import discard, record, rotate, tidy, whole_or_not
-from mmtool.sft.places import find_resumed, run_folder
+from mmtool.sft.places import find_resumed, make_run_folder, only_run_in, run_folder
 
 
 def nothing() -> None:
@@ -98,6 +102,43 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path, 5, resumable=False)
     with pytest.raises(CheckpointError, match="is no checkpoint that can be resumed"):
         find_resumed(str(path), tmp_path, "tiny")
+
+
+def test_runs_that_start_together_have_a_folder_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: make_run_folder(tmp_path, "tiny", True, "now"), range(8)))
+    assert sorted(run.name for run in runs) == [f"v{number}-now" for number in range(8)]
+    assert make_run_folder(tmp_path / "own", "tiny", False, "now") == tmp_path / "own"
+    assert make_run_folder(tmp_path / "own", "tiny", False, "now") == tmp_path / "own"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Not a directory"):
+        make_run_folder(tmp_path / "file", "tiny", True, "now")
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from mmtool.sft.places import only_run_in
+
+with only_run_in(Path(sys.argv[1])):
+    if os.fork() == 0:  # as a data process, which may outlive a killed run for a while
+        time.sleep(60)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_run_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True) as other:
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(MMToolError, match="another run is training in"), only_run_in(tmp_path):
+            pass
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        with only_run_in(tmp_path):
+            pass
+        os.killpg(other.pid, signal.SIGKILL)
 
 
 def test_a_run_folder_opens_at_its_best_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ transformers makes the layers of it.
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -116,11 +115,6 @@ def is_bnb(config: Mapping[str, Any]) -> bool:
     """Tell whether a ``config.json`` is of a model that bitsandbytes has quantised."""
     given = config.get("quantization_config")
     return isinstance(given, Mapping) and given.get("quant_method") == METHOD
-
-
-def quiet() -> None:
-    """Silence what bitsandbytes logs about casts of every layer, and kernels that it does without."""
-    logging.getLogger(METHOD).setLevel(logging.ERROR)
 
 
 def finish_bnb(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES, AutoConfig
 from transformers.models.auto.feature_extraction_auto import AutoFeatureExtractor
@@ -147,9 +148,21 @@ def read_config(folder: Path) -> Any:
             f"knows{code}",
             "`mmtool list models` shows what mmtool knows; a newer transformers may know more.",
         )
+    if "mm_vision_tower" in settings:
+        raise CheckpointError(
+            f"{folder} is in the layout of LLaVA's own code, which transformers does not read",
+            "Take the model as converted for transformers; its name often ends in -hf.",
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about the field names of older releases, nobody's fault
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (StrictDataclassError, TypeError, AttributeError, KeyError, ValueError) as error:
+            said = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"{folder}/config.json is no config of a {model_type!r} model: {said}",
+                "Compare it with the release's file.",
+            ) from error
 
 
 def head_class(config: Any, folder: str | os.PathLike) -> tuple[Any, tuple[Modality, ...]]:
