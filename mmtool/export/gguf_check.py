@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import logging
+import os
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,23 +109,45 @@ def _logits(model: Any, ids: Sequence[int], count: int) -> Tensor:
 
 
 class _Library:
-    """llama-cpp-python."""
+    """llama-cpp-python: the functions of llama.cpp as it brings them, since its own class leaves less to set."""
 
     def __init__(self, path: Path) -> None:
         import llama_cpp
 
-        self._model = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_gpu_layers=0, verbose=False, logits_all=False)
+        self._library: Any = llama_cpp
+        logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
+        settings = llama_cpp.llama_model_default_params()
+        settings.n_gpu_layers = 0
+        settings.use_extra_bufts = False  # for kernels of some CPUs, which crash on narrow matrices of q8_0
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(path), settings)
+        if not self._model:
+            raise ValueError("it does not load")
+        self._vocabulary = llama_cpp.llama_model_get_vocab(self._model)
+        context = llama_cpp.llama_context_default_params()
+        context.n_ctx = context.n_batch = CONTEXT
+        context.type_k = context.type_v = llama_cpp.GGML_TYPE_F32
+        self._context = llama_cpp.llama_init_from_model(self._model, context)
 
     def tokenize(self, text: str) -> list[int]:
-        return self._model.tokenize(text.encode(), add_bos=False, special=False)
+        data = text.encode()
+        ids = (self._library.llama_token * (len(data) + 8))()
+        found = self._library.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), False, False)
+        return list(ids[: max(0, found)])
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        self._model.reset()
-        found: list[int] = []
-        for index in self._model.generate(list(ids), temp=0.0, top_k=1, repeat_penalty=1.0):
-            found.append(int(index))
-            if len(found) == count:
+        library, found = self._library, list[int]()
+        library.llama_memory_clear(library.llama_get_memory(self._context), True)
+        given = list(ids)
+        while len(found) < count:
+            tokens = (library.llama_token * len(given))(*given)  # has to live as long as the batch
+            if library.llama_decode(self._context, library.llama_batch_get_one(tokens, len(given))) != 0:
+                raise RuntimeError("it does not compute")
+            size = library.llama_vocab_n_tokens(self._vocabulary)
+            logits = library.llama_get_logits_ith(self._context, -1)
+            found.append(int(np.ctypeslib.as_array(logits, (size,)).argmax()))
+            if library.llama_vocab_is_eog(self._vocabulary, found[-1]):
                 break
+            given = found[-1:]
         return found
 
 

@@ -41,6 +41,9 @@ from mmtool.spec import ModelSpec
 from mmtool.template.base import Template
 from mmtool.utils import collection_paused, import_object
 
+if sys.platform == "linux":
+    import resource  # not on Windows
+
 logger = log.get_logger(__name__)
 
 BACKLOG = 1024
@@ -237,8 +240,6 @@ def share_heaps() -> None:
 def allow_files() -> None:
     """Let as many files be open as the system lets us: every connection is one, and most shells allow 1024."""
     if sys.platform == "linux":
-        import resource  # not on Windows
-
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 

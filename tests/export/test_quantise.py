@@ -16,9 +16,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from mmtool.args import ExportArgs
 from mmtool.errors import MMToolError
+from mmtool.export.quality import Measured, describe, measure
+from mmtool.export.rows import read_rows
+from mmtool.export.source import open_source
+from mmtool.loader import load_model
 from mmtool.models.common.quantised import pack, unpack
 from mmtool.models.common.weights import read_weights
+from mmtool.options import read_args
 
 BESIDE = Path(sys.prefix) / "quant"
 has_torchao = importlib.util.find_spec("torchao") is not None or (BESIDE / "torchao").is_dir()
@@ -119,3 +125,34 @@ def test_names_that_do_not_exist_are_refused(tmp_path: Path) -> None:
 def test_the_groups_of_bitsandbytes_are_its_own(export: Callable[..., None]) -> None:
     with pytest.raises(MMToolError, match="the groups of bitsandbytes are fixed"):
         export("--model_type", "tiny", "--quant_method", "bnb", "--quant_group_size", "32")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_damaged_model_is_beyond_the_bounds(bits: int) -> None:
+    args = read_args(ExportArgs, ["--model_type", "tiny", "--quant_method", "torchao"], "mmtool export")
+    source = open_source(args)
+    rows = read_rows(args, source, 3)
+    model, _ = load_model(source.spec, source.folder, processor=rows.template.processor)
+    before = measure(model, rows, "before")
+    table = dict(describe(before, measure(model, rows, "the same", before), rows.origin, bits))
+    assert table["agreement"].startswith("100.00 % of ")
+    assert "off by 0.000" in table["agreement"]
+    matrices = [layer.mlp.down_proj.weight for layer in model.get_decoder().layers]
+    with torch.no_grad():
+        for matrix in matrices:  # rows change places
+            matrix.copy_(matrix.roll(1, 0))
+        after = measure(model, rows, "after", before)
+        with pytest.raises(MMToolError, match="the quantised model is too far from its source: loss"):
+            describe(before, after, rows.origin, bits)
+        matrices[0].fill_(torch.nan)
+        with pytest.raises(MMToolError, match="computes no finite numbers"):
+            describe(before, measure(model, rows, "after", before), rows.origin, bits)
+
+
+def test_untrained_models_are_judged_by_what_changes_and_not_by_their_loss() -> None:
+    ids = torch.arange(4)
+    before, near, far = Measured(8.0, ids, [()]), Measured(8.3, 1 + ids, [()], 0.6), Measured(7.9, 1 + ids, [()], 3.1)
+    assert dict(describe(before, near, "rows", 4))["agreement"].startswith("0.00 % of 4 likeliest tokens, off by 0.6")
+    for bits, other in ((8, near), (4, far), (8, far)):
+        with pytest.raises(MMToolError, match="too far from its source"):
+            describe(before, other, "rows", bits)
