@@ -44,16 +44,20 @@ def test_a_folder_says_what_it_holds(folder: Path, changes: dict, model_type: st
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "readable"),
     [
-        {"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "openai/clip-vit-large-patch14-336"},
-        {"mm_projector_type": ..., "mm_vision_tower": "openai/clip-vit-large-patch14"},
-        {"architectures": ["LlavaForConditionalGeneration"], "text_config": {}, "mm_projector_type": ...},
+        ({"mm_projector_type": "mlp2x_gelu", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}, False),
+        ({"mm_projector_type": ..., "mm_vision_tower": "openai/clip-vit-large-patch14"}, False),
+        ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {}, "mm_projector_type": ...}, True),
     ],
 )
-def test_other_models_of_the_llava_kind_are_not_taken_for_yi_vl(folder: Path, changes: dict) -> None:
+def test_other_models_of_the_llava_kind_are_not_taken_for_yi_vl(folder: Path, changes: dict, readable: bool) -> None:
     change_config(folder, **changes)
-    assert loader.open_folder(None, folder)[0].model_type == "auto"
+    if readable:
+        assert loader.open_folder(None, folder)[0].model_type == "auto"
+    else:
+        with pytest.raises(CheckpointError, match="layout of LLaVA's own code"):
+            loader.open_folder(None, folder)
     with pytest.raises(CheckpointError, match="holds a 'llava' model of transformers") as caught:
         loader.open_folder("yi-vl-6b-chat", folder)
     assert caught.value.hint == "Pass --model_type auto, or leave it out."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -66,11 +65,3 @@ class Beside:
 def _inferred(work: Callable[[], Any]) -> Any:
     with torch.inference_mode():  # a setting of each thread
         return work()
-
-
-def pays(device: torch.device) -> bool:
-    """Return whether a processor would be idle otherwise: on a CPU with two for each thread of torch's operations."""
-    if device.type != "cpu":
-        return False
-    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return known >= 2 * torch.get_num_threads()

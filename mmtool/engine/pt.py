@@ -3,7 +3,7 @@
 ``PtEngine`` computes; ``slotted`` decides who runs where, ``slots`` stores keys and values, ``features`` media
 features, ``adapters`` what LoRA adds, ``batch`` holds those that answer, ``sampling`` chooses tokens, ``text`` makes
 text of them.
-``generate`` or a worker drives ``step``; where ``beside`` pays, a second thread computes prompts between its calls.
+``generate`` or a worker drives ``step``; if asked for, a second thread (``beside``) computes prompts meanwhile.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 from mmtool.engine.adapters import Choice
 from mmtool.engine.base import TokenLogprob
 from mmtool.engine.batch import Batch
-from mmtool.engine.beside import pays
 from mmtool.engine.features import FeatureCache, MediaFeatures
 from mmtool.engine.graphs import GraphedStep, graphed
 from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
@@ -78,9 +77,9 @@ class PtEngine(SlottedEngine):
             yes where more than one request may run and a third of the free memory is enough.
         compile: run decode steps in fixed shapes, which a GPU replays from CUDA graphs; one is recorded when a number
             of answers and a length first occur. None is yes on a GPU. Only decoders that ``LlamaStep`` knows have it.
-        prompts_beside: compute prompts and towers in a second thread while answers go on, so that neither waits for
-            the other; elsewhere than on a CPU this does nothing. None is yes with two processors or more for each
-            thread that torch uses. Only decoders that ``LlamaStep`` knows, without adapters, have it.
+        prompts_beside: compute prompts and towers in a second thread while answers go on, so that first tokens come
+            sooner; elsewhere than on a CPU this does nothing. Only decoders that ``LlamaStep`` knows, without adapters,
+            have it. It takes a processor core that is really another one: see ``examples/bench/README.md``.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class PtEngine(SlottedEngine):
         preallocate: bool = False,
         pack_weights: bool | None = False,
         compile: bool | None = None,
-        prompts_beside: bool | None = False,
+        prompts_beside: bool = False,
     ) -> None:
         config = model.config.get_text_config()
         positions = Positions(model, model.get_decoder())
@@ -124,7 +123,7 @@ class PtEngine(SlottedEngine):
         self._step: LlamaStep | None = None
         self._graphs: GraphedStep | None = None
         self._work: PromptWork | None = None
-        self.prompts_beside = pays(device) if prompts_beside is None else prompts_beside and device.type == "cpu"
+        self.prompts_beside = prompts_beside and device.type == "cpu"
         if preallocate:
             move_to_huge_pages([*self.decoder.parameters(), *model.lm_head.parameters()])
             self._preallocate(may_shorten=max_model_len is None)

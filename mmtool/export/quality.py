@@ -48,7 +48,11 @@ class Measured:
 
 @torch.no_grad()
 def measure(model: Any, rows: Rows, title: str, source: Measured | None = None) -> Measured:
-    """Run a model over rows: once with their answers, once to answer itself; ``source`` is what it is compared to."""
+    """Run a model over rows: once with their answers, once to answer itself; ``source`` is what it is compared to.
+
+    Raises:
+        MMToolError: where it computes no finite numbers.
+    """
     device = model.get_input_embeddings().weight.device
     total, likeliest, gaps = 0.0, [], []
     answers: list[tuple[int, ...]] = []
@@ -60,6 +64,8 @@ def measure(model: Any, rows: Rows, title: str, source: Measured | None = None) 
             logits = model(**batch, use_cache=False).logits[0, :-1].float()
             learned = labels != -100
             total += float(torch.nn.functional.cross_entropy(logits[learned], labels[learned], reduction="sum"))
+            if not math.isfinite(total):
+                raise MMToolError(f"{title}: the model computes no finite numbers; nothing was kept", "Use more bits.")
             likeliest.append(logits[learned].argmax(-1).cpu())
             if source is not None:
                 start = sum(map(len, likeliest[:-1]))
@@ -89,10 +95,8 @@ def describe(before: Measured, after: Measured, origin: str, bits: int) -> list[
     """Return rows for the table.
 
     Raises:
-        MMToolError: where the quantised model computes no finite numbers, or is worse than the bounds for its bits.
+        MMToolError: where the quantised model is worse than the bounds for its bits.
     """
-    if not math.isfinite(after.loss):
-        raise MMToolError("the quantised model computes no finite numbers; nothing was kept", "Use more bits.")
     loss_bound, gap_bound = LOSS_BOUNDS[bits], GAP_BOUNDS[bits]
     if after.loss > before.loss + loss_bound or after.gap > gap_bound:
         raise MMToolError(

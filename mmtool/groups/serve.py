@@ -63,6 +63,10 @@ class CapacityArgs:
         "Hold a second copy of the weights that several answers at once are faster with; float32 on a CPU gains. "
         "Default: where memory allows it.",
     )
+    prompts_beside: bool = opt(
+        False,
+        "On a CPU with a core to spare: compute prompts in a second thread, so that first tokens come sooner.",
+    )
 
     def __post_init__(self) -> None:
         require(self.max_num_seqs > 0, "max_num_seqs", self.max_num_seqs, "a number above 0")

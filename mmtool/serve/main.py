@@ -363,7 +363,7 @@ def _load(
             preallocate=True,
             pack_weights=args.capacity.pack_weights,
             compile=args.capacity.compile,
-            prompts_beside=None,
+            prompts_beside=args.capacity.prompts_beside,
         )
 
 

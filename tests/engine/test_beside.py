@@ -7,7 +7,6 @@ import threading
 import pytest
 import torch
 
-from mmtool.engine import beside
 from mmtool.engine.beside import Beside
 from mmtool.engine.llama_step import LlamaStep
 
@@ -207,16 +206,3 @@ def test_random_traffic_with_results_that_come_late(small, monkeypatch, seed):
             finished += 1
         running = [entry for entry in running if not entry[0].finished]
     assert finished
-
-
-def test_a_second_thread_pays_with_two_processors_for_each_of_torch(monkeypatch):
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(beside.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
-    monkeypatch.setattr(beside.torch, "get_num_threads", lambda: 1)
-    assert beside.pays(cpu)
-    assert not beside.pays(torch.device("cuda"))
-    monkeypatch.setattr(beside.torch, "get_num_threads", lambda: 2)
-    assert not beside.pays(cpu)
-    monkeypatch.setattr(beside.os, "sched_getaffinity", lambda pid: {3})
-    monkeypatch.setattr(beside.torch, "get_num_threads", lambda: 1)
-    assert not beside.pays(cpu)

@@ -100,3 +100,31 @@ def test_every_family_in_few_bits(
     assert int(re.search(r"quantised +(\d+) layers", done.stderr)[1]) > 3  # type: ignore[index]
     asked = python("-m", "mmtool", "infer", "--ckpt_dir", new, "--query", "Hello", "--max_new_tokens", "3")
     assert asked.returncode == 0, asked.stderr[-3000:]
+
+
+PLAIN = """
+import sys
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+assert not [name for name in sys.modules if name.partition(".")[0] == "mmtool"]
+import bitsandbytes
+assert isinstance(model.model.layers[0].self_attn.o_proj, (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt))
+from mmtool.loader import load_model, open_folder
+ours, _ = load_model(*open_folder(None, sys.argv[1]))
+ids = torch.arange(10, 40).unsqueeze(0)
+with torch.no_grad():
+    assert torch.equal(model(input_ids=ids).logits, ours(input_ids=ids).logits)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["4", "8"])
+@pytest.mark.parametrize("base", ["megrez-3b-instruct", "llama-tied"])
+def test_plain_transformers_loads_the_files(
+    base: str, bits: str, golden: Callable[[str], Path], released: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = golden(base) / "checkpoint" if base.startswith("megrez") else released(base)
+    words = ["--quant_method", "bnb", "--quant_bits", bits, "--output_dir", tmp_path / "new"]
+    export("--model_id_or_path", folder, *words)
+    done = python("-c", PLAIN, tmp_path / "new")
+    assert done.returncode == 0, done.stderr[-3000:]

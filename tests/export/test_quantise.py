@@ -146,7 +146,7 @@ def test_a_damaged_model_is_beyond_the_bounds(bits: int) -> None:
             describe(before, after, rows.origin, bits)
         matrices[0].fill_(torch.nan)
         with pytest.raises(MMToolError, match="computes no finite numbers"):
-            describe(before, measure(model, rows, "after", before), rows.origin, bits)
+            measure(model, rows, "after", before)
 
 
 def test_untrained_models_are_judged_by_what_changes_and_not_by_their_loss() -> None:

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2, help="Answers per asker.")
     parser.add_argument("--repeats", type=int, default=3, help="The best of so many runs is shown.")
-    parser.add_argument("--prompts_beside", action="store_true", help="Compute them in a second thread, as a server.")
+    parser.add_argument("--prompts_beside", action="store_true", help="Compute them in a second thread.")
     parser.add_argument("--cpu_time", action="store_true", help="Count CPU seconds, for a busy machine.")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def main() -> None:
         requests = make_requests(template, askers * args.rounds, args.words, args.new_tokens, args.picture)
         engine = create_engine(
             model, processor, "pt", max_batch_size=askers, max_model_len=1024, preallocate=True, pack_weights=None,
-            prompts_beside=None if args.prompts_beside else False,
+            prompts_beside=args.prompts_beside,
         )  # fmt: skip
         runs = [run(engine, requests, clock) for _ in range(args.repeats)]
         seconds, first = min(runs)

@@ -148,7 +148,7 @@ def read_config(folder: Path) -> Any:
             f"knows{code}",
             "`mmtool list models` shows what mmtool knows; a newer transformers may know more.",
         )
-    if "mm_vision_tower" in settings:
+    if "mm_vision_tower" in settings and "text_config" not in settings:
         raise CheckpointError(
             f"{folder} is in the layout of LLaVA's own code, which transformers does not read",
             "Take the model as converted for transformers; its name often ends in -hf.",
