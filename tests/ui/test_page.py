@@ -81,8 +81,15 @@ def page(browser, address):
 
 def ask(page, question: str, *pictures: str) -> None:
     if pictures:
-        page.set_input_files("input[type=file]", [PICTURES / name for name in pictures])
-        page.locator("button[aria-label='Remove this file'], .thumbnail-item").first.wait_for()
+        shown = page.locator("button[aria-label='Remove this file'], .thumbnail-item").first
+        for attempt in range(3):  # Gradio draws its input again when an answer ends; a choice in that moment is lost
+            page.set_input_files("input[type=file]", [PICTURES / name for name in pictures])
+            try:
+                shown.wait_for(timeout=10_000)
+                break
+            except playwright.TimeoutError:
+                if attempt == 2:
+                    raise
     page.locator("textarea").first.fill(question)
     page.get_by_label("Submit").click()
 
