@@ -82,14 +82,13 @@ def page(browser, address):
 def ask(page, question: str, *pictures: str) -> None:
     if pictures:
         shown = page.locator("button[aria-label='Remove this file'], .thumbnail-item").first
-        for attempt in range(3):  # Gradio draws its input again when an answer ends; a choice in that moment is lost
-            page.set_input_files("input[type=file]", [PICTURES / name for name in pictures])
-            try:
-                shown.wait_for(timeout=10_000)
+        for beat in range(60):
+            if beat % 20 == 0:  # Gradio draws its input anew when an answer ends; a choice in that moment is lost
+                page.set_input_files("input[type=file]", [PICTURES / name for name in pictures])
+            page.wait_for_timeout(500)
+            if shown.is_visible():
                 break
-            except playwright.TimeoutError:
-                if attempt == 2:
-                    raise
+        assert shown.is_visible()
     page.locator("textarea").first.fill(question)
     page.get_by_label("Submit").click()
 
