@@ -16,11 +16,14 @@ from types import TracebackType
 from typing import Any
 
 from mmtool.errors import MMToolError
+from mmtool.log import get_logger
 
 try:
     import fcntl
 except ImportError:  # not part of Python on Windows: two runs into one file are then not told apart
     fcntl = None
+
+logger = get_logger(__name__)
 
 
 def check_result_path(path: Path, dataset: Path, *, resume: bool, overwrite: bool) -> None:
@@ -147,8 +150,8 @@ class ResultFile:
                 f"--result_path {self.path} is being written by another run",
                 "Wait until that one has ended, or give another file.",
             ) from None
-        except OSError:  # a network file system without locks
-            pass
+        except OSError as error:  # a network file system without locks
+            logger.warning("%s cannot be locked (%s): let no other run write to it", self.path, error.strerror)
 
     def _error(self, error: OSError) -> MMToolError:
         return MMToolError(
