@@ -1,26 +1,28 @@
-"""Fetch a URL with one deadline for everything, a size limit, and, for servers, public addresses only."""
+"""Fetch a URL with one deadline for everything, a size limit, and, for servers, public addresses only.
+
+On Python's own ``http.client``: every socket is ours to make, no package is needed, and nothing has to be loaded that
+``mmtool.media`` has not loaded already.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import ipaddress
 import socket
 import threading
 import time
 import urllib.parse
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, NoReturn
+import zlib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any, NoReturn
 
-import requests
-import requests.adapters
-
+from mmtool import web
 from mmtool.errors import MediaError
 from mmtool.utils import printable
 
-if TYPE_CHECKING:
-    from urllib3.connectionpool import HTTPConnectionPool
-
 MAX_REDIRECTS = 3
+_REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK = 64 * 1024
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 # Networks for special purposes that some versions of Python take for public ones.
@@ -32,8 +34,6 @@ _SPECIAL = [
     )
 ]
 _CHECK = "Check the URL, or download it and give the path."
-# Some hosts refuse the name that requests would give.
-_HEADERS = {"User-Agent": "mmtool", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
 
 
 def fetch(
@@ -61,6 +61,15 @@ def fetch(
         MediaError: with the reason; the message does not name the URL.
     """
     return _Download(url, timeout, max_bytes, allow_private, schemes, domains).run()
+
+
+def reachable(url: str, *, timeout: float) -> bool:
+    """Tell whether anything answers at ``url``, whatever it says, within ``timeout`` seconds."""
+    try:
+        _Download(url, timeout, 0, True, ("http", "https"), None, method="HEAD").run()
+    except MediaError:
+        return False
+    return True
 
 
 def is_listed(host: str, domains: Collection[str]) -> bool:
@@ -101,9 +110,12 @@ class _Download:
         allow_private: bool,
         schemes: Collection[str],
         domains: Collection[str] | None,
+        method: str = "GET",
     ) -> None:
         self.url, self.timeout, self.max_bytes, self.allow_private = url, timeout, max_bytes, allow_private
-        self.schemes, self.domains = schemes, domains
+        self.schemes, self.domains, self.method = schemes, domains, method
+        # Proxies, logins and certificates of the environment are for people; a proxy would look names up on its own.
+        self.trust_environment = allow_private and domains is None
         self.deadline = time.monotonic() + timeout
         self.sockets: list[socket.socket] = []
         self.lock = threading.Lock()
@@ -128,33 +140,42 @@ class _Download:
 
     def _work(self) -> None:
         try:
-            with requests.Session() as session:
-                # Proxies and .netrc of the environment are for people; a proxy would look names up on its own.
-                session.trust_env = self.allow_private and self.domains is None
-                for scheme in ("http://", "https://"):
-                    session.mount(scheme, _Adapter(self))
-                data = self._follow(session)
+            data = self._follow()
             if not self.stopped:  # else its end may be our own doing
                 self.data = data
-        except (requests.RequestException, ValueError) as error:  # ValueError: a URL that cannot be parsed
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a URL that cannot be parsed
             if not self.stopped:
                 self.error = MediaError(_reason(error), _CHECK)
         except BaseException as error:  # raised again in the thread that waits
             if not self.stopped:
                 self.error = error
 
-    def _follow(self, session: requests.Session) -> bytes:
+    def _follow(self) -> bytes:
         url = self.url
         for hop in range(MAX_REDIRECTS + 1):
             self._check_url(url, "it redirects to" if hop else "it is")
-            with session.get(
-                url, headers=_HEADERS, stream=True, allow_redirects=False, timeout=self._left()
-            ) as response:
-                target = session.get_redirect_target(response)
+            with contextlib.closing(self._ask(url)) as connection, connection.getresponse() as response:
+                if self.method == "HEAD":
+                    return b""
+                target = response.headers["Location"] if response.status in _REDIRECTS else None
                 if target is None:
                     return self._read(response)
-            url = urllib.parse.urljoin(url, target)
+            url = urllib.parse.urljoin(url, target.encode("latin-1").decode())  # headers are read as Latin-1
         raise MediaError(f"it redirects more than {MAX_REDIRECTS} times", _CHECK)
+
+    def _ask(self, url: str) -> web.Connection:
+        place = web.place_of(url)
+        proxy, login, bundle = None, place.login, None
+        if self.trust_environment:
+            proxy, login = web.proxy_for(place), login or web.stored_login(place.host)
+            bundle = web.certificates() if place.tls else None
+        connection = web.Connection(place, self.connect, proxy, bundle)
+        try:
+            connection.ask(self.method, login)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
     def _check_url(self, url: str, found: str) -> None:
         scheme = urllib.parse.urlsplit(url).scheme.lower()
@@ -162,20 +183,34 @@ class _Download:
             only = " and ".join(f"{name}://" for name in self.schemes)
             raise MediaError(f"{found} {_an(scheme)} address", f"Only {only} may be fetched from here.")
 
-    def _read(self, response: requests.Response) -> bytes:
-        if response.status_code != 200:
-            raise MediaError(
-                f"the server answered {response.status_code} {printable(response.reason or '')}".rstrip(), _CHECK
-            )
+    def _read(self, response: http.client.HTTPResponse) -> bytes:
+        if response.status != 200:
+            raise MediaError(f"the server answered {response.status} {printable(response.reason)}".rstrip(), _CHECK)
         announced = response.headers.get("Content-Length", "")
         if announced.isdecimal() and int(announced) > self.max_bytes:
             self._refuse_size()
         data = bytearray()
-        for chunk in response.iter_content(_CHUNK):
-            data += chunk
+        for piece in _unpacked(self._pieces(response), response.headers.get("Content-Encoding", "")):
+            data += piece
             if len(data) > self.max_bytes:
                 self._refuse_size()
         return bytes(data)
+
+    def _pieces(self, response: http.client.HTTPResponse) -> Iterator[bytes]:
+        """Give the body as it is sent, up to the limit: what is packed could unpack to nothing for ever."""
+        # Into a buffer of ours: read() would take the announced size of a chunk, -1 too, for what to read at once.
+        buffer = memoryview(bytearray(_CHUNK))
+        received = 0
+        try:
+            while count := response.readinto(buffer):
+                received += count
+                if received > self.max_bytes:
+                    self._refuse_size()
+                yield bytes(buffer[:count])
+        except http.client.IncompleteRead:
+            raise MediaError("the server sent it in pieces, and not to its end", _CHECK) from None
+        if response.length:
+            raise MediaError(f"the connection ended {response.length} bytes before the end of the file", _CHECK)
 
     def _refuse_size(self) -> NoReturn:
         raise MediaError(f"larger than the limit of {self.max_bytes / 2**20:.3g} MiB", "Use a smaller file.")
@@ -229,25 +264,34 @@ class _Download:
                 sock.close()
 
 
-class _Adapter(requests.adapters.HTTPAdapter):
-    """Gives every connection of a session to ``_Download.connect``; names in Host and in TLS stay as they are."""
+def _unpacked(pieces: Iterable[bytes], packing: str) -> Iterator[bytes]:
+    """Undo the packing that some servers do without being asked, at most ``_CHUNK`` bytes at a time."""
+    packing = packing.strip().lower()
+    if packing in ("", "identity"):
+        yield from pieces
+        return
+    if packing not in ("gzip", "x-gzip", "deflate"):
+        raise MediaError(f"the server sent it packed as {printable(packing)[:40]}", _CHECK)
+    unpacker = _unpacker()
+    try:
+        for rest in pieces:
+            piece = b""
+            while rest or len(piece) == _CHUNK:
+                if unpacker.eof and rest:
+                    unpacker = _unpacker()  # several files, one after the other, are one
+                piece = unpacker.decompress(rest, _CHUNK)
+                rest = unpacker.unused_data if unpacker.eof else unpacker.unconsumed_tail
+                yield piece
+    except zlib.error as error:
+        raise MediaError(
+            f"the server sent it packed, and that cannot be unpacked ({printable(str(error))})", _CHECK
+        ) from None
+    if not unpacker.eof:
+        raise MediaError("the server sent it packed, and not to its end", _CHECK)
 
-    def __init__(self, download: _Download) -> None:
-        self.download = download
-        super().__init__(max_retries=0)
 
-    def get_connection_with_tls_context(self, *args: Any, **kwargs: Any) -> HTTPConnectionPool:
-        pool = super().get_connection_with_tls_context(*args, **kwargs)
-        pool.ConnectionCls = _guarded(pool.ConnectionCls, self.download)
-        return pool
-
-
-def _guarded(base: type, download: _Download) -> type:
-    class Guarded(base):
-        def _new_conn(self) -> socket.socket:
-            return download.connect(self._dns_host, self.port)
-
-    return Guarded
+def _unpacker() -> Any:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, as its first bytes say
 
 
 def _reason(error: BaseException | None) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from mmtool.errors import CheckpointError, MMToolError
 from mmtool.log import get_logger
 from mmtool.spec import ModelSpec
+from mmtool.utils import import_object
 
 _ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a model folder needs: weights, configuration, tokenizer. Never code.
@@ -129,19 +130,10 @@ def _from_modelscope(model_id: str) -> Path:
     except ModuleNotFoundError as error:
         raise MMToolError("--hub ms needs the package modelscope", "Install it: pip install 'mmtool[hub]'") from error
     patterns = [f"*{suffix}" for suffix in _OTHER + _WEIGHTS]
-    offline = not _answers(get_endpoint())  # asked first, because the download would try again for half a minute
+    # Asked first, because the download would try again for half a minute.
+    offline = not import_object("mmtool.download:reachable")(get_endpoint(), timeout=_TIMEOUT)
     try:
         return _checked(Path(snapshot_download(model_id, allow_patterns=patterns, local_files_only=offline)))
     except (HubError, OSError, ValueError) as error:
         reason = f"{get_endpoint()} cannot be reached" if offline else str(error).splitlines()[0]
         raise _unavailable(model_id, "ModelScope", reason) from error
-
-
-def _answers(endpoint: str) -> bool:
-    import requests
-
-    try:
-        requests.head(endpoint, timeout=_TIMEOUT)
-    except requests.RequestException:
-        return False
-    return True

@@ -184,7 +184,7 @@ def _read_bytes(source: str | Path | bytes, name: str, limits: MediaLimits) -> b
 
 
 def _fetch(url: str, name: str, limits: MediaLimits) -> bytes:
-    fetch = import_object("mmtool.download:fetch")  # requests takes 0.1 s to import, and most pictures are files
+    fetch = import_object("mmtool.download:fetch")  # most pictures are files
     try:
         return fetch(
             url,

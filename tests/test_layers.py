@@ -13,13 +13,26 @@ PACKAGE = Path(mmtool.__file__).parent
 
 # Imports only go up this list; files of one folder may import each other.
 LAYERS = [
-    *("errors", "log", "utils", "spec", "other_names", "options", "groups", "args", "messages", "download", "media"),
+    *(
+        "errors",
+        "log",
+        "utils",
+        "spec",
+        "other_names",
+        "options",
+        "groups",
+        "args",
+        "messages",
+        "web",
+        "download",
+        "media",
+    ),
     "template",
-    *("models", "registry", "hub", "loader", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve"),
+    *("models", "registry", "hub", "loader", "postponed", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve"),
     *("sft", "export", "llm", "listing", "cli"),
 ]
 
-HEAVY = {"torch", "transformers", "numpy", "PIL", "peft", "accelerate", "safetensors", "sentencepiece", "requests"}
+HEAVY = {"torch", "transformers", "numpy", "PIL", "peft", "accelerate", "safetensors", "sentencepiece"}
 
 # transformers cannot be there without these.
 WITH_TRANSFORMERS = {"huggingface_hub", "tokenizers", "jinja2"}
@@ -38,7 +51,6 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
         "datasets": "comes with modelscope[datasets]",
         "huggingface_hub": "only for a download",
         "modelscope": "optional package",
-        "requests": "only for a download",
     },
     "template.show": {"rich": "only for those who look"},
     "infer.answer": {"rich": "only with --show_prompt"},
@@ -76,10 +88,13 @@ LATE_IMPORTS: dict[str, dict[str, str]] = {
         "huggingface_hub": "only for a download",
         "modelscope": "optional package",
         "modelscope_hub": "part of modelscope",
-        "requests": "only for a download",
     },
     "serve.launch": {"mmtool": "a missing package is said before anything heavy is loaded"},
     "serve.ui": {"gradio": "optional package"},
+    "web": {
+        "certifi": "only where Python has no certificates of its own",
+        "truststore": "only where Python has no certificates of its own",
+    },
 }
 
 
@@ -224,7 +239,8 @@ def test_third_party_packages_are_declared(name: str) -> None:
         "liger_kernel",
         "pyarrow",
         "datasets",
-        "urllib3",
+        "certifi",
+        "truststore",
         "soundfile",
         "gradio",
     }

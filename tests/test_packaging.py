@@ -30,9 +30,10 @@ def test_the_base_installation_stays_small() -> None:
     base = closure([Requirement(line).name for line in PROJECT["dependencies"]])
     without_torch = base - closure(["torch"])
     ours = without_torch - closure(["transformers"])
-    assert len(without_torch) <= 40, sorted(without_torch)
-    assert len(ours) <= 10, sorted(ours)
-    assert not base & {"torchvision", "torchaudio", "datasets", "pandas"}
+    # torch brings nine of its own in a build for CPU, and CUDA's in others; what it shares with us counts as torch's.
+    assert len(without_torch) <= 30, sorted(without_torch)
+    assert len(ours) <= 6, sorted(ours)
+    assert not base & {"torchvision", "torchaudio", "datasets", "pandas", "pydantic", "requests"}
 
 
 def test_every_dependency_says_who_needs_it() -> None:

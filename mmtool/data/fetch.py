@@ -15,6 +15,7 @@ from mmtool.data.dataset import SUFFIXES, read_rows
 from mmtool.data.formats import rename_columns
 from mmtool.data.media_cache import cache_folder
 from mmtool.data.registry import DatasetSpec, Hub, HubSet
+from mmtool.download import reachable
 from mmtool.errors import DataError, MMToolError
 from mmtool.log import get_logger
 
@@ -173,14 +174,11 @@ def _load_split(name: str, place: HubSet, split: str) -> Iterator[Mapping[str, A
 
 def _check_modelscope(name: str) -> None:
     """Raise at once where there is no network: the library would try again for minutes."""
-    import requests
     from modelscope.hub.utils.utils import get_endpoint
 
     endpoint = get_endpoint()
-    try:
-        requests.head(endpoint, timeout=_TIMEOUT)
-    except requests.RequestException:
-        raise _unavailable(name, "ms", OSError(f"{endpoint} cannot be reached")) from None
+    if not reachable(endpoint, timeout=_TIMEOUT):
+        raise _unavailable(name, "ms", OSError(f"{endpoint} cannot be reached"))
 
 
 def _no_modelscope(name: str) -> MMToolError:

@@ -120,13 +120,14 @@ class LlamaStep:
         cos, sin = self._table(max(slots.capacity, max(chunk.end for chunk in chunks)))
         turn = self._turn(cos.index_select(0, positions), sin.index_select(0, positions))
         ends = torch.tensor([last - 1 for _, last in spans], device=embeds.device)
-        masks = [self._mask_behind(chunk) for chunk in chunks]
+        leads = [_lead(chunk) for chunk in chunks]
+        masks = [None if lead == chunk.start else self._mask_behind(chunk) for chunk, lead in zip(chunks, leads, strict=True)]
         hidden = self._laid_out(embeds)
         for number, (layer, keys, values) in enumerate(self._with_storage(slots)):
             last_layer = number == len(self.layers) - 1
             query, key, value = layer.attention.project(self.norm(hidden, layer.input_norm), turn)
             context = []
-            for chunk, (first, last), mask in zip(chunks, spans, masks, strict=True):
+            for chunk, (first, last), lead, mask in zip(chunks, spans, leads, masks, strict=True):
                 where = (chunk.row, slice(None), slice(chunk.start, chunk.end))
                 keys[where] = key[first:last].transpose(0, 1)
                 values[where] = value[first:last].transpose(0, 1)
@@ -135,9 +136,10 @@ class LlamaStep:
                 if last_layer:
                     context.append(layer.attention.prompt(query[last - 1 : last], *seen, None, False))
                 else:
-                    asked, idle_rows = query[first:last], self._rounded(last - first) - (last - first)
-                    asked = F.pad(asked, (0, 0, 0, 0, 0, idle_rows)) if idle_rows else asked
-                    context.append(layer.attention.prompt(asked, *seen, mask, chunk.start == 0)[: last - first])
+                    asked, used = query[first:last], lead + last - first
+                    if self._rounded(used) > last - first:
+                        asked = F.pad(asked, (0, 0, 0, 0, lead, self._rounded(used) - used))
+                    context.append(layer.attention.prompt(asked, *seen, mask, mask is None)[lead:used])
             if idle and not last_layer:
                 context.append(context[0].new_zeros(idle, context[0].shape[1]))
             if last_layer:  # nothing follows that would look at the other positions
@@ -189,10 +191,8 @@ class LlamaStep:
         """Return how many positions attention works on: torch keeps a program for every number of them, without end."""
         return -(-positions // FILLED_UP_TO) * FILLED_UP_TO if self.by_columns else positions
 
-    def _mask_behind(self, chunk: Chunk) -> Tensor | None:
-        """Return the mask of a chunk that goes on behind computed positions, ``(new, seen)``; None for a beginning."""
-        if chunk.start == 0:
-            return None
+    def _mask_behind(self, chunk: Chunk) -> Tensor:
+        """Return the mask of a chunk that goes on behind computed positions, ``(new, seen)``."""
         new, seen = self._rounded(chunk.end - chunk.start), self._rounded(chunk.end)
         asked = torch.arange(chunk.start, chunk.start + new, device=self.embeddings.device)
         hidden = torch.arange(seen, device=self.embeddings.device) > asked.unsqueeze(1)
@@ -231,6 +231,15 @@ def _weights_of(decoder: Any, head: Any) -> list[tuple[int, int]]:
     if head is not None and head_is_plain(head):
         weights += [head.weight]
     return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+
+
+def _lead(chunk: Chunk) -> int:
+    """Return how many queries of computed positions attention gets in front of those of a chunk, with any values.
+
+    All of them where that is the cheaper: attention is causal then and skips what lies ahead, half of the square. Where
+    more than a half was computed before, a mask over the chunk's own rows costs less.
+    """
+    return chunk.start if chunk.start <= chunk.end - chunk.start else 0
 
 
 def _spans(chunks: Sequence[Chunk]) -> list[tuple[int, int]]:

@@ -44,9 +44,7 @@ def modelscope(monkeypatch, tmp_path: Path) -> dict[str, Any]:
     for name in ("modelscope.hub", "modelscope.hub.utils"):
         module(name)
     module("modelscope.hub.utils.utils", get_endpoint=lambda: "https://ms")
-    import requests
-
-    monkeypatch.setattr(requests, "head", lambda url, timeout: None)
+    monkeypatch.setattr("mmtool.data.fetch.reachable", lambda url, timeout: url == "https://ms")
     return state
 
 
@@ -152,12 +150,7 @@ def test_without_a_network_the_cache_is_taken_or_the_reason_told(monkeypatch, tm
 
 
 def test_modelscope_that_is_not_there_is_named(monkeypatch, modelscope) -> None:
-    import requests
-
-    def refuse(url: str, timeout: float) -> None:
-        raise requests.ConnectionError("refused")
-
-    monkeypatch.setattr(requests, "head", refuse)
+    monkeypatch.setattr("mmtool.data.fetch.reachable", lambda url, timeout: False)
     with pytest.raises(MMToolError, match="from ModelScope: https://ms cannot be reached"):
         fetch_files(DATASETS["coco-en-mini"], "ms")
     monkeypatch.setitem(sys.modules, "modelscope.msdatasets", None)
