@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from mmtool.engine.slots import Slot
+
+SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # the processors of one core
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of computing, and within how many
+
+
+def has_spare_core() -> bool:
+    """Return whether this process may use more cores than torch computes with; what Linux tells, elsewhere False.
+
+    Two processors that are threads of one core count as one: together they do little more than each alone.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return False
+    cores = set()
+    for number in os.sched_getaffinity(0):
+        try:
+            cores.add(Path(SIBLINGS.format(number)).read_text())
+        except OSError:
+            return False
+    allowed = float(len(cores))
+    with suppress(OSError, ValueError):  # no such file, or "max" in it
+        share, period = QUOTA.read_text().split()
+        allowed = min(allowed, int(share) / int(period))
+    return allowed >= torch.get_num_threads() + 1
 
 
 class Beside:

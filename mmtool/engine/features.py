@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,8 @@ class FeatureCache:
 class MediaFeatures:
     """Gives runs the features of their media that are not covered by kept positions; towers run in batches.
 
+    Two threads may ask for them; a tower runs in one at a time.
+
     Args:
         model: has the towers.
         device: where its inputs go.
@@ -84,6 +87,7 @@ class MediaFeatures:
         self.stats = stats
         self.batch = batch
         self.adapters = adapters
+        self._lock = Lock()
 
     def provide(self, run: Run, others: Iterable[Run], once: bool) -> bool:
         """Give ``run`` what its media need; what ``others`` need goes through a tower with it.
@@ -99,6 +103,15 @@ class MediaFeatures:
         Raises:
             MMToolError, RuntimeError, ...: what the tower has against a medium of ``run``.
         """
+        with self._lock:
+            return self._provide(run, others, once)
+
+    def ready(self, run: Run) -> bool:
+        """Return whether nothing is missing for ``run``."""
+        with self._lock:
+            return not self._missing(run)
+
+    def _provide(self, run: Run, others: Iterable[Run], once: bool) -> bool:
         while missing := self._missing(run):
             # A CPU gains nothing from several at once, and somebody would wait for all of them.
             most = 1 if once and self.device.type == "cpu" else self.batch
@@ -119,10 +132,6 @@ class MediaFeatures:
             if once:
                 return False
         return True
-
-    def ready(self, run: Run) -> bool:
-        """Return whether nothing is missing for ``run``."""
-        return not self._missing(run)
 
     def _key(self, item: MediaInput, run: Run) -> str:
         return item.key if self.adapters is None else self.adapters.media_key(item.key, run.request.adapter)

@@ -9,9 +9,8 @@ text of them.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from mmtool.engine.adapters import Choice
 from mmtool.engine.base import TokenLogprob
 from mmtool.engine.batch import Batch
+from mmtool.engine.beside import has_spare_core
 from mmtool.engine.features import FeatureCache, MediaFeatures
 from mmtool.engine.graphs import GraphedStep, graphed
 from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
@@ -45,7 +45,7 @@ PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for
 
 
 class PromptWork(NamedTuple):
-    """Parts of prompts that are computed together, and the slots they are written to; no chunks for a medium."""
+    """Parts of prompts that are computed together, and the slots they are written to."""
 
     runs: list[Run]
     chunks: list[Chunk]
@@ -79,7 +79,8 @@ class PtEngine(SlottedEngine):
             of answers and a length first occur. None is yes on a GPU. Only decoders that ``LlamaStep`` knows have it.
         prompts_beside: compute prompts and towers in a second thread while answers go on, so that first tokens come
             sooner; elsewhere than on a CPU this does nothing. Only decoders that ``LlamaStep`` knows, without adapters,
-            have it. It takes a processor core that is really another one: see ``examples/bench/README.md``.
+            have it. It takes a processor core that is really another one: see ``examples/bench/README.md``. None is yes
+            where there is one that torch's own threads leave free.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class PtEngine(SlottedEngine):
         preallocate: bool = False,
         pack_weights: bool | None = False,
         compile: bool | None = None,
-        prompts_beside: bool = False,
+        prompts_beside: bool | None = False,
     ) -> None:
         config = model.config.get_text_config()
         positions = Positions(model, model.get_decoder())
@@ -123,7 +124,8 @@ class PtEngine(SlottedEngine):
         self._step: LlamaStep | None = None
         self._graphs: GraphedStep | None = None
         self._work: PromptWork | None = None
-        self.prompts_beside = prompts_beside and device.type == "cpu"
+        wanted = has_spare_core() if prompts_beside is None else prompts_beside
+        self.prompts_beside = wanted and device.type == "cpu"
         if preallocate:
             move_to_huge_pages([*self.decoder.parameters(), *model.lm_head.parameters()])
             self._preallocate(may_shorten=max_model_len is None)
@@ -155,22 +157,24 @@ class PtEngine(SlottedEngine):
     def _prefill(self) -> None:
         """Compute prompt positions, oldest request first: a bounded number while others wait for their next token."""
         spent = 0
-        while self._filling and not self._beside.at_work:
-            run, *others = self._filling
+        while waiting := self._unattended():
+            run, *others = waiting
             waited_for, beside = bool(self._answering()), self._may_go_beside(run)
             most = self.prefill_chunk if waited_for or beside else max(self.prefill_chunk, PREFILL_ALONE)
-            if spent >= most:
+            if spent >= most or (self._beside.at_work and not self._lends_a_hand(run)):
                 return
             try:
                 self._begin(run)
-                if waited_for and beside:
+                if beside and not self._beside.at_work and (waited_for or others):
                     self._prefill_beside(run, others)
-                    return
+                    continue
                 if not self._media.provide(run, others, once=waited_for):
                     return
-                spent += self._attempt_chunk(run, most - spent)
+                spent += self._attempt_chunk(run, others, most - spent)
             except Exception as error:  # it ends this request alone: its slot is valid up to where it was
                 self._fail(run, error.error if isinstance(error, RowError) else error)
+            if self._beside.done:
+                self._take_prompts()
 
     def _begin(self, run: Run) -> None:
         """Prepare the first part of a prompt: use what requests that came with this one have computed meanwhile."""
@@ -184,9 +188,9 @@ class PtEngine(SlottedEngine):
         run.positions = self.positions.of_prompt(run.request, self.device)
         run.draw = self._draw_for(run, self.vocab_size, self.device)
 
-    def _attempt_chunk(self, run: Run, most: int) -> int:
+    def _attempt_chunk(self, run: Run, others: Sequence[Run], most: int) -> int:
         """Compute a part of a run's prompt, and with it whole prompts of others; what fails is tried again alone."""
-        runs = [run, *self._companions(run, most)]
+        runs = [run, *self._companions(run, others, most)]
         try:
             return self._prefill_chunks(runs, most)
         except Exception as error:
@@ -196,15 +200,15 @@ class PtEngine(SlottedEngine):
                 raise
         return self._prefill_chunks([run], most)
 
-    def _companions(self, run: Run, most: int) -> list[Run]:
-        """Return those that wait behind ``run`` whose prompts fit into the same call of the step."""
+    def _companions(self, run: Run, others: Sequence[Run], most: int) -> list[Run]:
+        """Return those of ``others``, who wait behind ``run``, whose prompts fit into the same call of the step."""
         if not self._steps_prompt(run):
             return []
         if self._may_go_beside(run):  # rather let the first answer begin, which then goes on beside the others
             most = min(most, TOGETHER_BESIDE)
         most -= len(run.prompt) - len(run.slot.tokens)
         together = [run]
-        for other in [other for other in self._filling if other is not run]:
+        for other in others:
             held = len(other.slot.tokens)
             rest = len(other.prompt) - held
             if other.request.adapter != run.request.adapter or not self._steps_prompt(other):
@@ -275,27 +279,46 @@ class PtEngine(SlottedEngine):
         """Whether a prompt has nothing to do with what a decode step uses beside weights: ``LlamaStep`` keeps none."""
         return self.prompts_beside and self._adapters is None and self._steps_prompt(run)
 
+    def _unattended(self) -> list[Run]:
+        """Return those whose prompts wait for somebody to compute them."""
+        taken = [] if self._work is None else self._work.runs
+        return [run for run in self._filling if run not in taken]
+
+    def _lends_a_hand(self, run: Run) -> bool:
+        """Whether this thread computes the prompt of ``run`` although others are computed beside.
+
+        Answers wait for it then as they do without a second thread: in exchange, prompts never queue longer than there.
+        It does not where the prompt has much in common with the others, which it gets for nothing when they are done.
+        """
+        if not self._may_go_beside(run):
+            return False
+        taken = [] if self._work is None else self._work.runs
+        return all(common_prefix(run.prompt, one.prompt) <= SHARED_AT_MOST * len(run.prompt) for one in taken)
+
     def _prefill_beside(self, run: Run, others: Sequence[Run]) -> None:
-        """Begin to compute a part of a run's prompt, or a medium of it, while answers go on."""
-        if self._media.ready(run):
-            runs = [run, *self._companions(run, self.prefill_chunk)]
-            self._work = self._work_on(runs, self.prefill_chunk)
-            work: Callable[[], Any] = partial(self._prompt_logits, runs, self._work.chunks)
-        else:
-            self._work = PromptWork([run], [], [])
-            work = partial(self._media.provide, run, others, once=True)
-        self._beside.start(work, self._work.slots)
+        """Begin to compute a part of a run's prompt, after the media that it needs."""
+        if not self._answering():  # this thread has nothing else to do and takes the other half
+            others = others[: (len(others) + 1) // 2 - 1]
+        runs = [run, *self._companions(run, others, self.prefill_chunk)] if self._media.ready(run) else [run]
+        work = self._work = self._work_on(runs, self.prefill_chunk)
+
+        def compute() -> Tensor | None:
+            self._media.provide(run, (), once=False)
+            return self._prompt_logits(work.runs, work.chunks)
+
+        self._beside.start(compute, work.slots)
 
     def _take_prompts(self) -> None:
         """Take what the second thread has computed; wait for it where there is nothing else to do."""
-        if not self._beside.at_work or (self._answering() and not self._beside.done):
+        if not self._beside.at_work:
+            return
+        waiting = self._unattended()
+        if not self._beside.done and (self._answering() or (waiting and self._lends_a_hand(waiting[0]))):
             return
         assert self._work is not None, "it says what is computed"
         work, self._work = self._work, None
         try:
-            logits = self._beside.result()
-            if work.chunks:
-                self._finish(work, logits)
+            self._finish(work, self._beside.result())
         except Exception as error:
             self._take_alone(work, error)
 
@@ -307,8 +330,9 @@ class PtEngine(SlottedEngine):
         if run.finished:
             return
         try:
-            if not work.chunks or (len(work.runs) == 1 and not is_out_of_memory(error)):
+            if len(work.runs) == 1 and not is_out_of_memory(error):
                 raise error
+            self._media.provide(run, (), once=False)
             self._prefill_chunks([run], self.prefill_chunk)
         except Exception as again:
             self._fail(run, again.error if isinstance(again, RowError) else again)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Sequence
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,7 @@ class KVSlots:
         """``spare`` rows behind the slots belong to nobody."""
         self.num_layers = num_layers
         self.spare = spare
+        self._lock = Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -90,10 +92,11 @@ class KVSlots:
 
     def layer(self, layer: int, like_keys: Tensor, like_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values of a layer, allocated on first use like those about to be written."""
-        keys, values = self.keys[layer], self.values[layer]
-        if keys is None or values is None:
-            keys, values = self._empty(like_keys), self._empty(like_values)
-            self.keys[layer], self.values[layer] = keys, values
+        with self._lock:  # two threads may be the first
+            keys, values = self.keys[layer], self.values[layer]
+            if keys is None or values is None:
+                keys, values = self._empty(like_keys), self._empty(like_values)
+                self.keys[layer], self.values[layer] = keys, values
         return keys, values
 
     def copy(self, source: int, target: int, length: int) -> None:

@@ -63,9 +63,10 @@ class CapacityArgs:
         "Hold a second copy of the weights that several answers at once are faster with; float32 on a CPU gains. "
         "Default: where memory allows it.",
     )
-    prompts_beside: bool = opt(
-        False,
-        "On a CPU with a core to spare: compute prompts in a second thread, so that first tokens come sooner.",
+    prompts_beside: bool | None = opt(
+        None,
+        "Compute prompts in a second thread while answers go on; for a CPU. Default: where a core is left that torch's "
+        "threads (OMP_NUM_THREADS) do not use.",
     )
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from mmtool.engine.beside import Beside
+from mmtool.engine.beside import Beside, has_spare_core
 from mmtool.engine.llama_step import LlamaStep
 
 
@@ -65,7 +65,7 @@ def test_who_comes_later_is_computed_beside_and_answers_like_generate(small, thr
     requests = [small.request(*some, max_new_tokens=20 + 9 * seed) for seed, some in enumerate(parts)]
     engine = small.engine(max_batch_size=3, prefill_chunk=16, prompts_beside=True)
     assert small.answers(engine, requests) == [small.generated(request) for request in requests]
-    assert threads[0] == "MainThread" and "engine-prompts" in threads
+    assert set(threads) == {"MainThread", "engine-prompts"}
     assert engine.stats.vision_runs == (6 if pictures else 0)
 
 
@@ -81,6 +81,60 @@ def test_answers_go_on_while_a_prompt_is_computed(small, gate):
     gate.set()
     finish(engine)
     assert [ids_of(early), ids_of(late)] == [small.generated(request) for request in requests]
+
+
+def test_this_thread_lends_a_hand_while_the_other_computes(small, gate):
+    engine = small.engine(max_batch_size=4, prompts_beside=True)
+    requests = [small.request(small.ids(seed, 30), max_new_tokens=12) for seed in range(4)]
+    runs, deltas = submitted(engine, requests)
+    engine.step()
+    assert engine._work.runs == runs[:2]  # short ones go together
+    assert runs[2].token_ids and runs[3].token_ids
+    gate.set()
+    finish(engine)
+    assert [ids_of(own) for own in deltas] == [small.generated(request) for request in requests]
+
+
+def test_what_a_prompt_has_in_common_with_one_computed_beside_is_waited_for(small, gate):
+    engine = small.engine(max_batch_size=3, prompts_beside=True)
+    common = small.ids(1, 30)
+    requests = [small.request(common, small.ids(seed, 5), max_new_tokens=30) for seed in range(2, 4)]
+    requests.insert(0, small.request(small.ids(9, 10), max_new_tokens=40))
+    _, (first,) = submitted(engine, requests[:1])
+    engine.step()
+    runs, deltas = submitted(engine, requests[1:])
+    for _ in range(3):
+        engine.step()
+    assert engine._work.runs == runs[:1] and not runs[1].token_ids
+    gate.set()
+    finish(engine)
+    assert deltas[1][-1].usage.cached_tokens == 30
+    assert [ids_of(own) for own in (first, *deltas)] == [small.generated(request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("siblings", "threads", "quota", "spare"),
+    [
+        (["0", "1"], 1, "max 100000", True),
+        (["0", "1"], 2, "max 100000", False),
+        (["0-1", "0-1"], 1, "max 100000", False),  # two threads of one core
+        (["0-1", "0-1", "2-3", "2-3"], 1, "max 100000", True),
+        (["0", "1"], 1, "150000 100000", False),  # a container that may compute on one and a half
+        (["0", "1"], 1, None, True),
+        (["0"], 1, None, False),
+        ([], 1, None, False),  # a system that does not say
+    ],
+)
+def test_a_core_is_spare_where_torch_uses_fewer_than_there_are(monkeypatch, tmp_path, siblings, threads, quota, spare):
+    for number, text in enumerate(siblings):
+        (tmp_path / str(number)).write_text(text)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    monkeypatch.setattr("mmtool.engine.beside.SIBLINGS", f"{tmp_path}/{{}}")
+    monkeypatch.setattr("mmtool.engine.beside.QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(max(1, len(siblings)))), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert has_spare_core() is spare
 
 
 def test_nobody_gets_the_slot_of_a_cancelled_prompt_while_it_is_written(small, gate):
