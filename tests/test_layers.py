@@ -28,7 +28,7 @@ LAYERS = [
         "media",
     ),
     "template",
-    *("models", "registry", "hub", "loader", "postponed", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve"),
+    *("models", "registry", "hub", "loader", "auto", "finetuned", "data", "vllm_plugin", "engine", "infer", "serve"),
     *("sft", "export", "llm", "listing", "cli"),
 ]
 

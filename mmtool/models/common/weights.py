@@ -31,7 +31,7 @@ _WEIGHT_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CHUNK_BYTES = 8 << 20
+_CHUNK_BYTES = 512 << 10
 _AGAIN = "Download the file again."
 _thread = threading.local()
 _SAFETENSORS_DTYPES = {
@@ -70,7 +70,7 @@ class LazyTensor:
         return self.stored_dtype.is_floating_point
 
     def read(self) -> torch.Tensor:
-        """Read the tensor into fresh memory, in ``dtype``; 8 MiB of the stored form are held beside it."""
+        """Read the tensor into fresh memory, in ``dtype``; half a MiB of the stored form is held beside it."""
         if self.stride is not None:
             span = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
             flat = replace(self, shape=torch.Size([span if self.shape.numel() else 0]), stride=None).read()
