@@ -128,7 +128,7 @@ class AdaptedProduct(Product):
         self.pairs = pairs
         self.adapters = next(pair.adapters for pair in pairs if pair is not None)
 
-    def __call__(self, x: Tensor) -> list[Tensor]:
+    def __call__(self, x: Tensor) -> Sequence[Tensor]:
         """See ``Product``."""
         outputs, choice = self.product(x), self.adapters.choice
         if choice is None:
@@ -137,6 +137,10 @@ class AdaptedProduct(Product):
             output if pair is None else pair.add(x, output, choice)
             for pair, output in zip(self.pairs, outputs, strict=True)
         ]
+
+    def together(self, x: Tensor) -> Tensor:
+        """See ``Product``."""
+        return self.product.together(x) if self.adapters.choice is None else torch.cat([*self(x)], -1)
 
     def add(self, states: Tensor, x: Tensor, factor: float = 1.0) -> Tensor:
         """See ``Product``."""

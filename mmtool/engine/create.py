@@ -50,6 +50,7 @@ def create_engine(
     fits_pt = import_object("mmtool.engine.fit:fits_pt")  # needs torch and transformers
     fits = fits_pt(model)
     import_object("mmtool.engine.memory:bound_programs")(max_batch_size)
+    import_object("mmtool.engine.memory:keep_freed_memory")()
     path = "mmtool.engine.pt:PtEngine" if fits else "mmtool.engine.generic:GenericEngine"
     return import_object(path)(
         model,

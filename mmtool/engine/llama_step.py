@@ -81,8 +81,7 @@ class LlamaStep:
         self.key_width, self.value_width, self.turned_width = self.layers[0].attention.widths
         self.norm = norm_of(anatomy.final_norm, anatomy.eps)
         self.act = anatomy.act
-        # By columns on a CPU: there, a product of half precision is the transposed of one.
-        self.by_columns = self.embeddings.device.type == "cpu" and self.embeddings.dtype == torch.bfloat16
+        self.fills_up = self.embeddings.device.type == "cpu" and self.embeddings.dtype == torch.bfloat16
         self.table = self.embeddings.new_empty(2, 0, 1, self.turned_width).unbind()  # by position, see _table
 
     def __call__(self, rows: Rows, slots: KVSlots) -> Tensor:
@@ -112,7 +111,7 @@ class LlamaStep:
             slots: gets their keys and values.
         """
         spans = _spans(chunks)
-        filled = self.by_columns and 2 * len(embeds) > FILLED_UP_TO  # fewer are as many as decode steps have
+        filled = self.fills_up and 2 * len(embeds) > FILLED_UP_TO  # fewer are as many as decode steps have
         idle = -len(embeds) % FILLED_UP_TO if filled else 0
         embeds = F.pad(embeds, (0, 0, 0, idle))
         ranges = [torch.arange(chunk.start, chunk.end) for chunk in chunks]
@@ -121,8 +120,9 @@ class LlamaStep:
         turn = self._turn(cos.index_select(0, positions), sin.index_select(0, positions))
         ends = torch.tensor([last - 1 for _, last in spans], device=embeds.device)
         leads = [_lead(chunk) for chunk in chunks]
-        masks = [None if lead == chunk.start else self._mask_behind(chunk) for chunk, lead in zip(chunks, leads, strict=True)]
-        hidden = self._laid_out(embeds)
+        behind = zip(chunks, leads, strict=True)
+        masks = [None if lead == chunk.start else self._mask_behind(chunk) for chunk, lead in behind]
+        hidden = embeds
         for number, (layer, keys, values) in enumerate(self._with_storage(slots)):
             last_layer = number == len(self.layers) - 1
             query, key, value = layer.attention.project(self.norm(hidden, layer.input_norm), turn)
@@ -136,14 +136,15 @@ class LlamaStep:
                 if last_layer:
                     context.append(layer.attention.prompt(query[last - 1 : last], *seen, None, False))
                 else:
-                    asked, used = query[first:last], lead + last - first
-                    if self._rounded(used) > last - first:
-                        asked = F.pad(asked, (0, 0, 0, 0, lead, self._rounded(used) - used))
+                    used = lead + last - first
+                    asked = query[first : first + self._rounded(used)]  # what follows the chunk does no harm
+                    if lead or len(asked) < self._rounded(used):
+                        asked = F.pad(query[first:last], (0, 0, 0, 0, lead, self._rounded(used) - used))
                     context.append(layer.attention.prompt(asked, *seen, mask, mask is None)[lead:used])
             if idle and not last_layer:
                 context.append(context[0].new_zeros(idle, context[0].shape[1]))
             if last_layer:  # nothing follows that would look at the other positions
-                hidden = self._laid_out(hidden.index_select(0, ends))
+                hidden = hidden.index_select(0, ends)
             hidden = self._finish(layer, hidden, torch.cat(context))
         return self._final(hidden)
 
@@ -156,10 +157,7 @@ class LlamaStep:
         hidden = F.embedding(ids, self.embeddings)
         if self.anatomy.embedding_factor != 1.0:
             hidden = hidden * self.anatomy.embedding_factor
-        return self._laid_out(hidden)
-
-    def _laid_out(self, hidden: Tensor) -> Tensor:
-        return hidden.t().contiguous().t() if self.by_columns and len(hidden) > 1 else hidden
+        return hidden
 
     def _turn(self, cos: Tensor, sin: Tensor) -> Turn:
         """Return what turns heads ``(rows, heads, width)``, in the format of the angles."""
@@ -189,7 +187,7 @@ class LlamaStep:
 
     def _rounded(self, positions: int) -> int:
         """Return how many positions attention works on: torch keeps a program for every number of them, without end."""
-        return -(-positions // FILLED_UP_TO) * FILLED_UP_TO if self.by_columns else positions
+        return -(-positions // FILLED_UP_TO) * FILLED_UP_TO if self.fills_up else positions
 
     def _mask_behind(self, chunk: Chunk) -> Tensor:
         """Return the mask of a chunk that goes on behind computed positions, ``(new, seen)``."""

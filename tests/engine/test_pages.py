@@ -1,9 +1,13 @@
 """Weights in large pages: the same numbers in other memory."""
 
+from functools import partial
+
+import pytest
 import torch
 from torch import nn
 
 from mmtool.engine.pages import move_to_huge_pages
+from mmtool.engine.products import MOST_COPIED, Product, joined, product_kind
 
 
 def test_weights_keep_their_numbers_and_ties():
@@ -31,6 +35,43 @@ def test_what_cannot_be_moved_stays():
     move_to_huge_pages([weight])
     move_to_huge_pages([])
     assert weight.data_ptr() == place
+
+
+def test_neighbours_are_one_matrix_without_a_copy():
+    layers = nn.ModuleList(nn.Linear(32, 16 * count) for count in (1, 2, 3)).requires_grad_(False)
+    apart = Product(layers)
+    assert [weight.shape for weight, _ in apart.parts] == [(16, 32), (32, 32), (48, 32)]
+    move_to_huge_pages(layers.parameters())
+    ((weight, bias),) = Product(layers).parts
+    assert (weight.data_ptr(), bias.data_ptr()) == (layers[0].weight.data_ptr(), layers[0].bias.data_ptr())
+    assert torch.equal(weight, torch.cat([layer.weight for layer in layers]))
+    assert torch.equal(bias, torch.cat([layer.bias for layer in layers]))
+    assert joined([layers[0].weight, layers[2].weight]) is None
+    assert joined([layers[1].weight, layers[0].weight]) is None
+    assert joined([layers[0].weight.t()]) is None
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["apart", "neighbours"])
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pack", [False, True], ids=["not packed", "packed"])
+def test_products_are_those_of_the_layers(dtype, bias, moved, pack):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(64, n, bias=bias) for n in (64, 32, 32)).to(dtype).requires_grad_(False)
+    if moved:
+        move_to_huge_pages(layers.parameters())
+    product, single = (product_kind(layers[0].weight, pack)(chosen) for chosen in (layers, layers[:1]))
+    close = partial(torch.testing.assert_close, **({"atol": 0.02, "rtol": 0.02} if dtype == torch.bfloat16 else {}))
+    for rows in (1, 2, 20, MOST_COPIED, MOST_COPIED + 32):
+        states = torch.randn(rows, 64).to(dtype)
+        expected = [layer(states) for layer in layers]
+        for x in (states, states.t().contiguous().t()):
+            for found, right in zip(product(x), expected, strict=True):
+                close(found, right)
+            together = product.together(x)
+            close(together, torch.cat(expected, 1))
+            assert together.is_contiguous()
+            close(single.add(x, x, 0.5), x + 0.5 * expected[0])
 
 
 def test_a_server_answers_as_before(small):

@@ -70,3 +70,33 @@ def test_the_environment_decides_before_us(monkeypatch):
     bound_programs(16)
     assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
     assert os.environ["LRU_CACHE_CAPACITY"] == "1"
+
+
+FREED = """
+import resource
+import torch
+from mmtool.engine.memory import keep_freed_memory
+
+keep_freed_memory()
+for turn in range(5):
+    if turn == 2:  # it has found its place
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(2**20) for _ in range(8)]  # 4 MB each
+    while tensors:
+        tensors.pop()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs GNU's C library")
+def test_memory_of_a_prompt_serves_the_next():
+    names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+
+    def new_pages(**more):
+        command = [sys.executable, "-c", FREED]
+        found = subprocess.run(command, env=environment | more, capture_output=True, text=True, check=True)
+        return int(found.stdout)
+
+    assert new_pages() < 5000
+    assert new_pages(MALLOC_TRIM_THRESHOLD_=str(2**20)) > 20000, "three times 32 MB; the environment decides before us"
