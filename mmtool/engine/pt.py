@@ -161,7 +161,9 @@ class PtEngine(SlottedEngine):
             run, *others = waiting
             waited_for, beside = bool(self._answering()), self._may_go_beside(run)
             most = self.prefill_chunk if waited_for or beside else max(self.prefill_chunk, PREFILL_ALONE)
-            if spent >= most or (self._beside.at_work and not self._lends_a_hand(run)):
+            if spent and len(run.prompt) - len(run.slot.tokens) > most - spent:
+                return  # rather whole in the next step: two parts take longer
+            if self._beside.at_work and not self._lends_a_hand(run):
                 return
             try:
                 self._begin(run)
