@@ -84,7 +84,9 @@ def ask(page, question: str, *pictures: str) -> None:
         shown = page.locator("button[aria-label='Remove this file'], .thumbnail-item").first
         for beat in range(60):
             if beat % 20 == 0:  # Gradio draws its input anew when an answer ends; a choice in that moment is lost
-                page.set_input_files("input[type=file]", [PICTURES / name for name in pictures])
+                with page.expect_file_chooser() as chooser:  # the button waits until the page takes files
+                    page.get_by_label("Upload a file").click()
+                chooser.value.set_files([PICTURES / name for name in pictures])
             page.wait_for_timeout(500)
             if shown.is_visible():
                 break
