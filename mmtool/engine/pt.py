@@ -41,6 +41,7 @@ TOWER_BATCH = 8  # media per tower call
 PACK_SHARE = 1 / 3  # of free memory, for a copy of the weights
 SHARED_AT_MOST = 0.25  # part of a prompt that is rather computed than waited for
 TOGETHER_BESIDE = 256  # prompt positions that share their products in the second thread: the next wait less then
+TOUCHED_AT_ONCE = 256 * 2**20  # bytes of keys and values whose pages are taken at the start, not by the first requests
 PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for the next token
 
 
@@ -529,6 +530,8 @@ class PtEngine(SlottedEngine):
         self.kv.reserve(self.max_batch_size, capacity, 0)
         self._forward(self.embed(ids), numbers, None)
         self.kv.zero(0, 0, 1)
+        if self.device.type == "cpu" and self.kv_bytes <= TOUCHED_AT_ONCE:
+            self.kv.zero(slice(None), 0, capacity)
         logger.info(
             "KV memory: %.1f MB, for %d conversations of %d positions",
             self.kv_bytes / 1e6,

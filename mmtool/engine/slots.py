@@ -105,8 +105,8 @@ class KVSlots:
             if tensor is not None:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
-    def zero(self, slot: int, start: int, end: int) -> None:
-        """Set positions ``start`` to ``end - 1`` of a row to zero."""
+    def zero(self, slot: int | slice, start: int, end: int) -> None:
+        """Set positions ``start`` to ``end - 1`` of a row, or of several, to zero."""
         for tensor in (*self.keys, *self.values):
             if tensor is not None and start < end:
                 tensor[slot, :, start:end] = 0
