@@ -293,10 +293,9 @@ class PtEngine(SlottedEngine):
         Answers wait for it then as they do without a second thread: in exchange, prompts never queue longer than there.
         It does not where the prompt has much in common with the others, which it gets for nothing when they are done.
         """
-        if not self._may_go_beside(run):
-            return False
-        taken = [] if self._work is None else self._work.runs
-        return all(common_prefix(run.prompt, one.prompt) <= SHARED_AT_MOST * len(run.prompt) for one in taken)
+        assert self._work is not None, "asked only while there is some"
+        most = SHARED_AT_MOST * len(run.prompt)
+        return self._may_go_beside(run) and all(common_prefix(run.prompt, one.prompt) <= most for one in self._work.runs)
 
     def _prefill_beside(self, run: Run, others: Sequence[Run]) -> None:
         """Begin to compute a part of a run's prompt, after the media that it needs."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mmtool.engine.base import Delta, Sampling
+from mmtool.engine.slots import KVSlots
 from mmtool.errors import MMToolError, TooLongError
 
 
@@ -518,3 +519,27 @@ def test_repetition_penalty_is_that_of_generate(small):
         )  # fmt: skip
         expected.append(tuple(out[0, ids.shape[1] :].tolist()))
     assert small.answers(small.engine(max_batch_size=3), [*requests, plain]) == [*expected, small.generated(plain)]
+
+
+def test_a_prompt_that_does_not_fit_behind_another_is_computed_whole_in_the_next_step(small):
+    engine = small.engine(max_batch_size=3, prefill_chunk=40)
+    requests = [small.request(small.ids(seed, 30), max_new_tokens=20) for seed in range(3)]
+    engine.submit(requests[0], lambda delta: None)
+    engine.step()
+    second, third = (engine.submit(request, lambda delta: None) for request in requests[1:])
+    engine.step()
+    assert second.token_ids and not third.token_ids and not third.slot.tokens
+    engine.step()
+    assert third.token_ids
+
+
+def test_small_memory_for_conversations_is_touched_at_the_start(small, monkeypatch):
+    zeroed = []
+    zero = KVSlots.zero
+    monkeypatch.setattr(KVSlots, "zero", lambda self, *which: zeroed.append(which) or zero(self, *which))
+    engine = small.engine(max_batch_size=2, max_model_len=100, preallocate=True)
+    assert (slice(None), 0, engine.kv.capacity) in zeroed
+    zeroed.clear()
+    monkeypatch.setattr("mmtool.engine.pt.TOUCHED_AT_ONCE", 0)
+    small.engine(max_batch_size=2, max_model_len=100, preallocate=True)
+    assert (slice(None), 0, engine.kv.capacity) not in zeroed
