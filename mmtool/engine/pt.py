@@ -294,8 +294,10 @@ class PtEngine(SlottedEngine):
         It does not where the prompt has much in common with the others, which it gets for nothing when they are done.
         """
         assert self._work is not None, "asked only while there is some"
+        if not self._may_go_beside(run):
+            return False
         most = SHARED_AT_MOST * len(run.prompt)
-        return self._may_go_beside(run) and all(common_prefix(run.prompt, one.prompt) <= most for one in self._work.runs)
+        return all(common_prefix(run.prompt, one.prompt) <= most for one in self._work.runs)
 
     def _prefill_beside(self, run: Run, others: Sequence[Run]) -> None:
         """Begin to compute a part of a run's prompt, after the media that it needs."""
