@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mmtool.engine.slots import Slot
+from mmtool.threads import compute_with
 
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # the processors of one core
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of computing, and within how many
@@ -66,7 +67,7 @@ class Beside:
         """Begin to compute ``work()``, which writes to ``slots``."""
         assert self._future is None, "one at a time"
         if self._pool is None:  # its thread ends with this object
-            self._pool = ThreadPoolExecutor(1, "engine-prompts")
+            self._pool = ThreadPoolExecutor(1, "engine-prompts", compute_with, (torch.get_num_threads(),))
         self.slots = slots
         self._future = self._pool.submit(_inferred, work)
 

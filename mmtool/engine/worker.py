@@ -9,11 +9,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import AcceleratorError
 
 from mmtool.engine.base import Delta, Engine, Handle, Request, Stats
 from mmtool.errors import MMToolError
 from mmtool.log import get_logger
+from mmtool.threads import compute_with
 
 logger = get_logger(__name__)
 
@@ -109,6 +111,7 @@ class EngineWorker:
         self._rejected = 0
         self._durations: deque[float] = deque(maxlen=MEASURED)
         self._progress = time.monotonic()  # end of the last step, or the moment when work came
+        self._compute_threads = torch.get_num_threads()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -193,6 +196,7 @@ class EngineWorker:
     # In the worker's thread
 
     def _run(self) -> None:
+        compute_with(self._compute_threads)
         try:
             while self._turn():
                 pass

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Generic, TypeVar
 
+from mmtool.threads import computing_alone
+
 T = TypeVar("T")
 
 _END = object()
@@ -23,6 +25,7 @@ class Prefetch(Generic[T]):
         self._items = items
         self._made: queue.Queue[tuple[object, BaseException | None]] = queue.Queue(size)
         self._closed = threading.Event()
+        self._begin = computing_alone()
         self._thread = threading.Thread(target=self._make, name="mmtool-prefetch", daemon=True)
         self._thread.start()
 
@@ -51,6 +54,7 @@ class Prefetch(Generic[T]):
 
     def _make(self) -> None:
         try:
+            self._begin()
             for item in self._items:
                 if not self._put(item, None):
                     return

@@ -20,6 +20,7 @@ from mmtool.serve.conversation import Conversation
 from mmtool.serve.errors import ApiError, bad_request, from_user_error, too_busy
 from mmtool.serve.settings import MEBIBYTE, ServeSettings
 from mmtool.template.base import MediaInput, Template
+from mmtool.threads import computing_alone
 
 KEPT_BYTES = 256 * MEBIBYTE
 
@@ -67,7 +68,9 @@ class MediaLoader:
         self.kept = PreparedMedia()
         self.held_bytes = 0
         self._fetching = ThreadPoolExecutor(4 * settings.media_threads, "mmtool-fetch")
-        self._opening = alone if template.prepares_alone else ThreadPoolExecutor(settings.media_threads, "mmtool-media")
+        self._opening = alone
+        if not template.prepares_alone:
+            self._opening = ThreadPoolExecutor(settings.media_threads, "mmtool-media", initializer=computing_alone())
 
     def close(self) -> None:
         """End the threads as soon as they are idle."""

@@ -25,6 +25,7 @@ from mmtool.serve.stream import to_json
 from mmtool.serve.tools import ToolUse, read_tools
 from mmtool.serve.vocabulary import Vocabulary
 from mmtool.template.base import Template
+from mmtool.threads import computing_alone
 
 logger = get_logger(__name__)
 
@@ -70,7 +71,7 @@ class Service:
         self.active = 0
         self._preparing = 0
         # Tokenizers are not safe in two threads at a time, and one keeps up with any engine.
-        self._encoding = ThreadPoolExecutor(1, "mmtool-encode")
+        self._encoding = ThreadPoolExecutor(1, "mmtool-encode", initializer=computing_alone())
         self.vocabulary = Vocabulary(template.tokenizer, card.vocab_size, template.stop_token_ids)
         self.grammars = GrammarCompiler(self.vocabulary)
         self.media = MediaLoader(template, settings, self._encoding)

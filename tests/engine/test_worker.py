@@ -117,8 +117,9 @@ def test_retry_after_follows_the_measured_rate(small, started):
     worker._durations.extend([40.0] * 8)
     gate = Gate(engine)
     asked = small.request(small.ids(1, 5), max_new_tokens=2)
-    for _ in range(2):
-        worker.submit(asked, Reader())
+    with worker._changed:  # both are there before the worker looks
+        for _ in range(2):
+            worker.submit(asked, Reader())
     assert gate.reached.wait(PATIENCE)
     with pytest.raises(QueueFull) as caught:
         worker.submit(asked, Reader())
@@ -282,3 +283,26 @@ def test_nothing_is_left_of_requests_that_ended(small, started):
         time.sleep(0.01)
     assert not (worker._queue or worker._running or worker._cancelled)
     assert not worker.engine.busy
+
+
+def test_steps_compute_with_as_many_processors_as_the_thread_that_made_the_worker(small):
+    before, seen = torch.get_num_threads(), []
+    engine = small.engine(small.network(), max_batch_size=1)
+    step = engine.step
+
+    def watched():
+        seen.append(torch.get_num_threads())
+        step()
+
+    engine.step = watched
+    torch.set_num_threads(3)
+    worker = EngineWorker(engine, max_queue=1)
+    try:
+        torch.set_num_threads(1)  # as the event loop's thread does behind it
+        reader = Reader()
+        worker.submit(small.request(small.ids(1, 9), max_new_tokens=4), reader)
+        assert reader.last.finish_reason == "length"
+    finally:
+        worker.stop(PATIENCE)
+        torch.set_num_threads(before)
+    assert set(seen) == {3}
