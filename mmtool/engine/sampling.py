@@ -290,5 +290,7 @@ def without_tokens(packed: Tensor, token_ids: Sequence[int]) -> Tensor:
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """Return ``(rows,)``; on a CPU, torch takes twice as long for half precision as for float32."""
-    return (logits.float() if logits.device.type == "cpu" else logits).argmax(-1)
+    """Return ``(rows,)``; on a CPU through numpy: torch takes ten times as long, 2.5 ms for 16 rows of 122 000."""
+    if logits.device.type != "cpu":
+        return logits.argmax(-1)
+    return torch.from_numpy(logits.contiguous().float().numpy().argmax(-1))

@@ -1,6 +1,6 @@
-"""Start mmtool and other servers with one compute thread each, and measure them in turns with the same workloads.
+"""Start mmtool and other servers with equally many compute threads, and measure them in turns with the same workloads.
 
-    python examples/bench/serve/run.py [--dtype bfloat16] [--workloads text picture chat] [--vllm_env FOLDER]
+    python examples/bench/serve/run.py [--dtype bfloat16] [--threads 0] [--workloads text chat] [--vllm_env FOLDER]
 
 All servers stay up; each measurement visits them one after the other, several times, and the best of a server counts:
 on a shared machine that is the one with the least disturbance. ``transformers serve`` is taken from this environment,
@@ -30,10 +30,10 @@ from models import save_picture_model, save_text_model
 WORKLOADS = ["text", "picture", "chat"]
 SERVERS = ["mmtool", "transformers", "transformers-cb", "vllm", "vllm-eager"]
 START_LIMIT = 300.0  # seconds
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+COMMON_ENV = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+THREAD_ENV = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 VLLM_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
@@ -68,7 +68,7 @@ class Server:
         """Start it and wait until it answers; its output goes to ``log``."""
         begin = time.perf_counter()
         with log.open("wb") as stream:
-            env = os.environ | ONE_THREAD | self.env
+            env = os.environ | COMMON_ENV | self.env
             self.process = subprocess.Popen(self.command, stdout=stream, stderr=subprocess.STDOUT, env=env)
         while not self._answers():
             if self.process.poll() is not None or time.perf_counter() - begin > START_LIMIT:
@@ -132,8 +132,11 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def servers_for(folder: Path, names: list[str], vllm_env: Path | None, max_num_seqs: int, dtype: str) -> list[Server]:
-    """Return the servers that are installed, for the model in ``folder``."""
+def servers_for(
+    folder: Path, names: list[str], vllm_env: Path | None, max_num_seqs: int, dtype: str, threads: int = 1
+) -> list[Server]:
+    """Return those that are installed, for the model in ``folder``; ``threads`` 0 is what each takes by itself."""
+    env = dict.fromkeys(THREAD_ENV, str(threads)) if threads else {}
     bin_folder, found = Path(sys.executable).parent, []
     for name in names:
         port = free_port()
@@ -141,7 +144,7 @@ def servers_for(folder: Path, names: list[str], vllm_env: Path | None, max_num_s
             command = [sys.executable, "-m", "mmtool", "serve", "--model_type", "auto", "--model_id_or_path"]
             command += [str(folder), "--port", str(port), "--served_model_name", "bench"]
             command += ["--max_num_seqs", str(max_num_seqs), "--max_model_len", "1024"]
-            found.append(Server(name, command, "bench", port, {}, {}))
+            found.append(Server(name, command, "bench", port, env, {}))
         elif name in ("transformers", "transformers-cb"):
             program = shutil.which("transformers", path=str(bin_folder))
             if program is None:
@@ -150,7 +153,7 @@ def servers_for(folder: Path, names: list[str], vllm_env: Path | None, max_num_s
             command = [program, "serve", str(folder), "--port", str(port), "--device", "cpu"]
             if name == "transformers-cb":
                 command += ["--continuous-batching", "--cb-max-memory-percent", "0.1"]
-            found.append(Server(name, command, str(folder), port, {}, {}))
+            found.append(Server(name, command, str(folder), port, env, {}))
         else:
             program = vllm_env / "bin" / "vllm" if vllm_env else None
             if program is None or not program.exists():
@@ -162,7 +165,9 @@ def servers_for(folder: Path, names: list[str], vllm_env: Path | None, max_num_s
             command += ["--model-impl", "transformers"]  # as fast as its own classes, and needs no torchvision
             command += ["--enforce-eager"] if name == "vllm-eager" else []
             extra = {"ignore_eos": True}
-            found.append(Server(name, command, "bench", port, VLLM_ENV, extra))
+            if threads:  # else it binds one thread to each processor but those it keeps for itself
+                env = env | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            found.append(Server(name, command, "bench", port, VLLM_ENV | env, extra))
     return found
 
 
@@ -233,7 +238,7 @@ def run_workload(workload: str, folder: Path, args: argparse.Namespace) -> None:
     """Start the servers for one workload, measure, print, stop them."""
     # Answering pictures one request after another is all that its continuous batching does.
     names = [name for name in args.servers if workload == "text" or name != "transformers-cb"]
-    servers = servers_for(folder, names, args.vllm_env, max(args.askers), args.dtype)
+    servers = servers_for(folder, names, args.vllm_env, max(args.askers), args.dtype, args.threads)
     try:
         for server in servers:
             server.start(folder.parent / f"{server.name}-{workload}.log")
@@ -267,6 +272,8 @@ def main() -> None:
     parser.add_argument("--servers", nargs="+", default=["mmtool", "transformers", "vllm"],
                         choices=("mmtool", "transformers", "transformers-cb", "vllm", "vllm-eager"))  # fmt: skip
     parser.add_argument("--vllm_env", type=Path, help="Environment that has the command vllm.")
+    parser.add_argument("--threads", type=int, default=1,
+                        help="Compute threads of each server; 0: as many as each takes by itself.")  # fmt: skip
     parser.add_argument("--askers", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=2, help="Questions per asker.")
     parser.add_argument("--repeats", type=int, default=2)
