@@ -159,8 +159,11 @@ class PtEngine(SlottedEngine):
         """Compute prompt positions, oldest request first: a bounded number while others wait for their next token."""
         spent = 0
         while waiting := self._unattended():
+            waited_for, later = bool(self._answering()), waiting[(len(waiting) + 1) // 2 :]
+            if not waited_for and later and not self._beside.at_work and self._may_go_beside(later[0]):
+                waiting = later  # the first half is this thread's: its answers go on from the rows that come first
             run, *others = waiting
-            waited_for, beside = bool(self._answering()), self._may_go_beside(run)
+            beside = self._may_go_beside(run)
             most = self.prefill_chunk if waited_for or beside else max(self.prefill_chunk, PREFILL_ALONE)
             if spent and len(run.prompt) - len(run.slot.tokens) > most - spent:
                 return  # rather whole in the next step: two parts take longer
@@ -168,7 +171,7 @@ class PtEngine(SlottedEngine):
                 return
             try:
                 self._begin(run)
-                if beside and not self._beside.at_work and (waited_for or others):
+                if beside and not self._beside.at_work and (waited_for or waiting is later):
                     self._prefill_beside(run, others)
                     continue
                 if not self._media.provide(run, others, once=waited_for):
@@ -301,8 +304,6 @@ class PtEngine(SlottedEngine):
 
     def _prefill_beside(self, run: Run, others: Sequence[Run]) -> None:
         """Begin to compute a part of a run's prompt, after the media that it needs."""
-        if not self._answering():  # this thread has nothing else to do and takes the other half
-            others = others[: (len(others) + 1) // 2 - 1]
         runs = [run, *self._companions(run, others, self.prefill_chunk)] if self._media.ready(run) else [run]
         work = self._work = self._work_on(runs, self.prefill_chunk)
 

@@ -83,13 +83,17 @@ def test_answers_go_on_while_a_prompt_is_computed(small, gate):
     assert [ids_of(early), ids_of(late)] == [small.generated(request) for request in requests]
 
 
-def test_this_thread_lends_a_hand_while_the_other_computes(small, gate):
+def test_this_thread_lends_a_hand_while_the_other_computes(small, gate, monkeypatch):
     engine = small.engine(max_batch_size=4, prompts_beside=True)
     requests = [small.request(small.ids(seed, 30), max_new_tokens=12) for seed in range(4)]
     runs, deltas = submitted(engine, requests)
-    engine.step()
-    assert engine._work.runs == runs[:2]  # short ones go together
-    assert runs[2].token_ids and runs[3].token_ids
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_swap", lambda *_: pytest.fail("its answers are in the rows that come first"))
+        engine.step()
+        assert engine._work.runs == runs[2:]  # short ones go together
+        assert runs[0].token_ids and runs[1].token_ids
+        engine.step()
+        assert len(runs[0].token_ids) > 1 and not runs[2].token_ids
     gate.set()
     finish(engine)
     assert [ids_of(own) for own in deltas] == [small.generated(request) for request in requests]
