@@ -147,6 +147,8 @@ class Request:
         skip_special_tokens: leave special tokens out of the text.
         hidden_token_ids: ids to decode the answer without.
         penalize_prompt: the repetition penalty sees the prompt, too.
+        prompt_logprobs: give the log-probability of every token of the prompt but the first, and those of so many
+            likeliest tokens beside it; None for none. Such a prompt is computed whole, whatever was seen before.
         adapter: name of the engine's LoRA adapter to answer with; None for the model as it is.
         grammar: which tokens may come.
         id: anything the caller wants to find again in the deltas.
@@ -162,6 +164,7 @@ class Request:
     skip_special_tokens: bool = True
     hidden_token_ids: tuple[int, ...] = ()
     penalize_prompt: bool = True
+    prompt_logprobs: int | None = None
     adapter: str | None = None
     grammar: Grammar | None = None
     id: object = None
@@ -222,6 +225,8 @@ class Delta:
         usage: with the last delta; None after an error.
         error: why the request failed; only with ``errors="yield"``.
         logprobs: one for each of ``token_ids`` where the request asks for them, else empty.
+        prompt_logprobs: with the first token, where the request asks for them: one for each token of the prompt but the
+            first.
     """
 
     request: Request
@@ -232,6 +237,7 @@ class Delta:
     usage: Usage | None = None
     error: BaseException | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)

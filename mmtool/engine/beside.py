@@ -18,10 +18,11 @@ SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"  # the 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of computing, and within how many
 
 
-def has_spare_core() -> bool:
-    """Return whether this process may use more cores than torch computes with; what Linux tells, elsewhere False.
+def has_spare_cores() -> bool:
+    """Return whether torch leaves this process as many cores as it computes with; what Linux tells, elsewhere False.
 
-    Two processors that are threads of one core count as one: together they do little more than each alone.
+    With fewer, the second thread would hold its half of the prompts up. Two processors that are threads of one core
+    count as one: together they do little more than each alone.
     """
     if not hasattr(os, "sched_getaffinity"):
         return False
@@ -35,7 +36,7 @@ def has_spare_core() -> bool:
     with suppress(OSError, ValueError):  # no such file, or "max" in it
         share, period = QUOTA.read_text().split()
         allowed = min(allowed, int(share) / int(period))
-    return allowed >= torch.get_num_threads() + 1
+    return allowed >= 2 * torch.get_num_threads()
 
 
 class Beside:

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from mmtool.engine.base import TokenLogprob
 from mmtool.engine.features import TOWERS
 from mmtool.engine.positions import joined_inputs, position_limit, token_tensors
-from mmtool.engine.sampling import RowError, Sampler
+from mmtool.engine.sampling import RowError, Sampler, logprobs_of
 from mmtool.engine.slots import common_prefix
 from mmtool.engine.stepped import Run, SteppedEngine
 from mmtool.errors import MMToolError
@@ -153,11 +153,15 @@ class GenericEngine(SteppedEngine):
         media = [item for item in request.media if item.start + item.length > start]
         new_media, fresh = self.features.inputs(media, self.device, run.request.adapter)
         self._count(run, media, fresh)
-        logits = self._forward(conversation, ids, length - start, first=True, **new_media)
+        scored = request.prompt_logprobs
+        keep = 1 if scored is None else length
+        logits = self._forward(conversation, ids, length - start, first=True, keep=keep, **new_media)
         conversation.tokens = list(run.prompt)
         self.stats.prefill_tokens += length - start
+        if scored is not None:
+            run.prompt_logprobs = logprobs_of(logits[:-1], request.input_ids[1:], scored)
         run.draw = self._draw_for(run, logits.shape[-1], self.device)
-        return self._sample(run, logits)
+        return self._sample(run, logits[-1:])
 
     def _count(self, run: Run, media: Sequence[MediaInput], fresh: int) -> None:
         run.num_features = fresh
@@ -192,7 +196,8 @@ class GenericEngine(SteppedEngine):
         Where the positions of a medium see each other, a cut inside it would be wrong.
         """
         best, length = None, 0
-        for conversation in self.conversations if self.can_cut else ():
+        usable = self.can_cut and run.request.prompt_logprobs is None  # those are made of states, which are not kept
+        for conversation in self.conversations if usable else ():
             if conversation.adapter != run.request.adapter:
                 continue
             shared = min(common_prefix(conversation.tokens, run.prompt), len(run.prompt) - 1)
@@ -233,23 +238,30 @@ class GenericEngine(SteppedEngine):
         return token_ids[0], sampler.logprobs(token_ids)[0]
 
     def _forward(
-        self, conversation: Conversation, ids: Tensor, new: int, first: bool, length: int = 0, **media: Any
+        self,
+        conversation: Conversation,
+        ids: Tensor,
+        new: int,
+        first: bool,
+        length: int = 0,
+        keep: int = 1,
+        **media: Any,
     ) -> Tensor:
-        """Run the model over the last ``new`` of ``ids`` and return the logits of the last, ``(1, vocabulary)``."""
+        """Run the model over the last ``new`` of ``ids``; return the logits of the last ``keep``, ``(keep, vocab)``."""
         length = length or ids.shape[1]
         known: dict[str, Any] = {self.cache_name: conversation.cache, "use_cache": True, **conversation.fields, **media}
         known["attention_mask"] = torch.ones(1, length, dtype=torch.long, device=self.device)
         if conversation.positions is not None:
             known["position_ids"] = conversation.positions
         if "logits_to_keep" in self.takes:
-            known["logits_to_keep"] = 1
+            known["logits_to_keep"] = keep
         inputs = self.model.prepare_inputs_for_generation(
             ids, next_sequence_length=new, is_first_iteration=first, **known
         )
         outputs = self.model(**inputs, return_dict=True)
         cache = outputs.get(self.cache_name)
         conversation.cache = conversation.cache if cache is None else cache
-        return outputs.logits[:, -1].float().to(self.device)
+        return outputs.logits[0, -keep:].float().to(self.device)
 
     def _new_cache(self) -> Any:
         """Return an empty cache, with layers that keep every position where that is possible.

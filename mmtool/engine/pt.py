@@ -20,14 +20,14 @@ from torch import Tensor
 from mmtool.engine.adapters import Choice
 from mmtool.engine.base import TokenLogprob
 from mmtool.engine.batch import Batch
-from mmtool.engine.beside import has_spare_core
+from mmtool.engine.beside import has_spare_cores
 from mmtool.engine.features import FeatureCache, MediaFeatures
 from mmtool.engine.graphs import GraphedStep, graphed
 from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
 from mmtool.engine.memory import fitting_length, free_memory, is_out_of_memory
 from mmtool.engine.pages import move_to_huge_pages
 from mmtool.engine.positions import Positions, check_attention
-from mmtool.engine.sampling import RowError, Sampler
+from mmtool.engine.sampling import RowError, Sampler, logprobs_of
 from mmtool.engine.slots import CAPACITY_STEP, KVSlots, Slot, SlotCache, common_prefix
 from mmtool.engine.slotted import SlottedEngine
 from mmtool.engine.stepped import Run
@@ -42,6 +42,7 @@ PACK_SHARE = 1 / 3  # of free memory, for a copy of the weights
 SHARED_AT_MOST = 0.25  # part of a prompt that is rather computed than waited for
 TOGETHER_BESIDE = 256  # prompt positions that share their products in the second thread: the next wait less then
 TOUCHED_AT_ONCE = 256 * 2**20  # bytes of keys and values whose pages are taken at the start, not by the first requests
+SCORED_TOGETHER = 64  # prompt positions whose logits are there at a time, for all of the vocabulary
 PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for the next token
 
 
@@ -80,8 +81,8 @@ class PtEngine(SlottedEngine):
             of answers and a length first occur. None is yes on a GPU. Only decoders that ``LlamaStep`` knows have it.
         prompts_beside: compute prompts and towers in a second thread while answers go on, so that first tokens come
             sooner; elsewhere than on a CPU this does nothing. Only decoders that ``LlamaStep`` knows, without adapters,
-            have it. It takes a processor core that is really another one: see ``examples/bench/README.md``. None is yes
-            where there is one that torch's own threads leave free.
+            have it. It takes processor cores that are really other ones: see ``examples/bench/README.md``. None is yes
+            where torch's own threads leave as many free as they use.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class PtEngine(SlottedEngine):
         self._step: LlamaStep | None = None
         self._graphs: GraphedStep | None = None
         self._work: PromptWork | None = None
-        wanted = has_spare_core() if prompts_beside is None else prompts_beside
+        wanted = has_spare_cores() if prompts_beside is None else prompts_beside
         self.prompts_beside = wanted and device.type == "cpu"
         if preallocate:
             move_to_huge_pages([*self.decoder.parameters(), *model.lm_head.parameters()])
@@ -230,9 +231,9 @@ class PtEngine(SlottedEngine):
         return together[1:]
 
     def _steps_prompt(self, run: Run) -> bool:
-        """Whether the prompt of a run can go through the step of the decoder."""
+        """Whether the prompt of a run can go through the step of the decoder, which gives the states of its end."""
         known = self._step is not None and self._step.takes_prompts and not self.positions.axes
-        return known and not self.positions.is_stretched(len(run.prompt))
+        return known and run.request.prompt_logprobs is None and not self.positions.is_stretched(len(run.prompt))
 
     def _prefill_chunks(self, runs: list[Run], most: int) -> int:
         """Compute up to ``most`` positions of the first run's prompt, and the whole prompts of the others."""
@@ -354,7 +355,29 @@ class PtEngine(SlottedEngine):
             positions = torch.arange(start, end, device=self.device).unsqueeze(0)
         else:
             positions = run.positions[:, None, start:end]
-        return self._forward(embeds, positions, None, media_mask)[:, -1]
+        states = self._forward(embeds, positions, None, media_mask)
+        if run.request.prompt_logprobs is not None:
+            self._score_prompt(run, states[0], start)
+        return states[:, -1]
+
+    def _score_prompt(self, run: Run, states: Tensor, start: int) -> None:
+        """Note how likely the tokens of a prompt behind positions ``start`` and on are.
+
+        A chunk that is computed again, after an error, takes the place of what was noted.
+
+        Args:
+            run: whose prompt.
+            states: ``(new, hidden)`` of these positions.
+            start: the first of them.
+        """
+        ids = run.request.input_ids
+        del run.prompt_logprobs[start:]
+        for first in range(0, len(states), SCORED_TOGETHER):
+            block = states[first : first + SCORED_TOGETHER]
+            following = ids[start + first + 1 : start + first + 1 + len(block)]  # none behind the last
+            if following:
+                logits = self._head(block[: len(following)])
+                run.prompt_logprobs += logprobs_of(logits, following, run.request.prompt_logprobs)
 
     def _prompt_embeds(self, run: Run, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Return embeddings ``(1, new, hidden)`` of the prompt from ``start`` to ``end``, and where media are."""

@@ -289,6 +289,15 @@ def without_tokens(packed: Tensor, token_ids: Sequence[int]) -> Tensor:
     return packed
 
 
+def logprobs_of(logits: Tensor, token_ids: Sequence[int], count: int) -> list[TokenLogprob]:
+    """Return how likely tokens are by ``(tokens, vocab)`` logits, and the ``count`` likeliest in the place of each."""
+    chances = logits.float().log_softmax(-1)
+    chosen = chances.gather(1, torch.tensor(token_ids, device=chances.device).unsqueeze(1))
+    values, ids = chances.topk(count, dim=-1)
+    rows = zip(token_ids, chosen.flatten().tolist(), ids.tolist(), values.tolist(), strict=True)
+    return [TokenLogprob(token, own, tuple(zip(tops, theirs, strict=True))) for token, own, tops, theirs in rows]
+
+
 def likeliest(logits: Tensor) -> Tensor:
     """Return ``(rows,)``; on a CPU through numpy: torch takes ten times as long, 2.5 ms for 16 rows of 122 000."""
     if logits.device.type != "cpu":

@@ -150,6 +150,8 @@ class SlottedEngine(SteppedEngine):
         """Return the slot that shares most positions with the run's prompt, and how many (never the whole prompt)."""
         if not self.reuse_prefix or not self.slots or self.positions.is_stretched(len(run.prompt)):
             return None, 0
+        if run.request.prompt_logprobs is not None:  # they are made of states, which are not kept
+            return None, 0
         most = self.positions.stretched  # beyond, the keys of answers are turned otherwise; None is no limit
         adapter = run.request.adapter
         shared = [

@@ -36,6 +36,7 @@ class Run:
         self.features: dict[int, Any] = {}  # by the position where the medium starts
         self.positions: Tensor | None = None  # of the prompt, (axes, length), if they are not simply 0, 1, 2, ...
         self.draw: Draw | None = None
+        self.prompt_logprobs: list[TokenLogprob] = []  # of all its tokens but the first, as far as it is computed
         self.token_ids: list[int] = []
         self.cached_tokens = 0
         self.num_features = 0
@@ -135,6 +136,8 @@ class SteppedEngine(Engine):
                 limit=self.max_model_len,
             )
         self.check_adapter(request)
+        if request.prompt_logprobs is not None and request.media:
+            raise MMToolError("prompt_logprobs: not for prompts with media, whose positions have no tokens")
         if self.vocab_size is not None:
             check_tokens(request, self.vocab_size)
 
@@ -185,6 +188,7 @@ class SteppedEngine(Engine):
         return Draw(request.sampling, seen, vocab_size, device, request.stop_token_ids, request.grammar)
 
     def _publish(self, run: Run, token_id: int, logprob: TokenLogprob | None = None) -> None:
+        of_prompt = () if run.token_ids else tuple(run.prompt_logprobs)
         if token_id < 0:
             hint = "Load it in another --dtype, or check its weights and the media of the request."
             self._fail(run, MMToolError("the model gave numbers that are not finite", hint))
@@ -199,7 +203,7 @@ class SteppedEngine(Engine):
             usage = run.usage()
             self._leave(run)
         logprobs = () if logprob is None else (logprob,)
-        run.emit(Delta(run.request, run.index, (token_id,), text, finish_reason, usage, None, logprobs))
+        run.emit(Delta(run.request, run.index, (token_id,), text, finish_reason, usage, None, logprobs, of_prompt))
 
     def _fail(self, run: Run, error: BaseException) -> None:
         if not run.finished:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +179,7 @@ class VllmEngine(SteppedEngine):
             run.cached_tokens = output.num_cached_tokens or 0
             self.stats.cached_tokens += run.cached_tokens
             self.stats.prefill_tokens += len(run.request.input_ids) - run.cached_tokens
+            run.prompt_logprobs = _prompt_logprobs(run.request, output.prompt_logprobs)
         wanted = run.request.sampling.logprobs
         for index, token_id in enumerate(answer.token_ids):
             self.stats.decode_tokens += 1
@@ -340,6 +341,7 @@ def _sampling_params(request: Request, max_new_tokens: int, vocab_size: int) -> 
         logit_bias=dict(sampling.logit_bias) or None,
         seed=sampling.seed,
         logprobs=sampling.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
         stop_token_ids=[] if sampling.ignore_eos else list(request.stop_token_ids),
         ignore_eos=True,  # the stop ids above are all that end an answer
         detokenize=False,
@@ -353,6 +355,15 @@ def _token_logprob(token_id: int, found: Mapping[int, Any], wanted: int) -> Toke
     likeliest = sorted(found.items(), key=lambda pair: pair[1].rank)
     top = tuple((index, entry.logprob) for index, entry in likeliest if entry.rank <= wanted)[:wanted]
     return TokenLogprob(token_id, found[token_id].logprob, top)
+
+
+def _prompt_logprobs(request: Request, found: Sequence[Mapping[int, Any] | None] | None) -> list[TokenLogprob]:
+    """Return those of all tokens of a prompt but the first, which has none."""
+    wanted = request.prompt_logprobs
+    if wanted is None or found is None:
+        return []
+    pairs = zip(request.input_ids[1:], found[1:], strict=True)
+    return [_token_logprob(token_id, entries, wanted) for token_id, entries in pairs if entries is not None]
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

@@ -65,8 +65,8 @@ class CapacityArgs:
     )
     prompts_beside: bool | None = opt(
         None,
-        "Compute prompts in a second thread while answers go on; for a CPU. Default: where a core is left that torch's "
-        "threads (OMP_NUM_THREADS) do not use.",
+        "Compute prompts in a second thread while answers go on; for a CPU. Default: where torch's threads "
+        "(OMP_NUM_THREADS) leave as many cores free as they use.",
     )
 
     def __post_init__(self) -> None:

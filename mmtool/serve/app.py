@@ -80,7 +80,9 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         """Continue a text."""
         body = await _read(request, CompletionRequest, settings.body_seconds)
         opened = await service.complete(body)
-        answer = CompletionAnswer(opened, service.vocabulary, service.metrics, settings.log_requests)
+        answer = CompletionAnswer(
+            opened, service.vocabulary, service.metrics, settings.log_requests, prompt_alone=body.max_tokens == 0
+        )
         return await _respond(request, opened, answer, body, settings)
 
     @app.post("/v1/tokenize", openapi_extra=_body_of(TokenizeRequest))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mmtool.engine.base import Delta, Usage
@@ -19,23 +19,42 @@ from mmtool.serve.vocabulary import Vocabulary
 
 logger = get_logger(__name__)
 
+LEAST = -9999.0  # what stands for minus infinity, which JSON cannot say
+
 
 @dataclass
 class Text:
-    """One text while it comes; ``offset`` counts the characters of its tokens."""
+    """One text while it comes; ``offset`` counts the characters of its tokens, those of an echoed prompt included."""
 
     text: list[str] = field(default_factory=list)
     logprobs: dict[str, list[Any]] | None = None
+    begun: bool = False
     offset: int = 0
     finish_reason: str | None = None
     usage: Usage | None = None
 
 
 class CompletionAnswer:
-    """Writes the answers to a request for texts to continue."""
+    """Writes the answers to a request for texts to continue.
 
-    def __init__(self, opened: Opened, vocabulary: Vocabulary, metrics: Metrics, log_answers: bool = False) -> None:
+    Args:
+        opened: the request, under way.
+        vocabulary: of its model.
+        metrics: of the server.
+        log_answers: log what was answered.
+        prompt_alone: show nothing of the answer, whose one token nobody asked for.
+    """
+
+    def __init__(
+        self,
+        opened: Opened,
+        vocabulary: Vocabulary,
+        metrics: Metrics,
+        log_answers: bool = False,
+        prompt_alone: bool = False,
+    ) -> None:
         self.opened = opened
+        self.prompt_alone = prompt_alone
         self.vocabulary = vocabulary
         self.metrics = metrics
         self.log_answers = log_answers
@@ -49,8 +68,8 @@ class CompletionAnswer:
             choice.text.append(self._echo(index))
         async for batch in read_all(self.opened.answers, self.metrics):
             for index, delta in batch:
-                choice, found = self._take(index, delta)
-                choice.text.append(delta.text)
+                choice, text, found = self._take(index, delta)
+                choice.text.append(text)
                 if found is not None:
                     choice.logprobs = _joined(choice.logprobs, found)
         self._log()
@@ -68,8 +87,8 @@ class CompletionAnswer:
             async for batch in read_all(self.opened.answers, self.metrics, ping):
                 pieces: list[str] = []
                 for index, delta in batch:
-                    choice, logprobs = self._take(index, delta)
-                    text = delta.text if started[index] else self._echo(index) + delta.text
+                    choice, text, logprobs = self._take(index, delta)
+                    text = text if started[index] else self._echo(index) + text
                     started[index] = True
                     if self.log_answers:
                         choice.text.append(text)
@@ -91,23 +110,41 @@ class CompletionAnswer:
     def _echo(self, index: int) -> str:
         return self.opened.prompts[index // self.opened.per_prompt] if self.opened.prompts else ""
 
-    def _take(self, index: int, delta: Delta) -> tuple[Text, dict[str, list[Any]] | None]:
+    def _take(self, index: int, delta: Delta) -> tuple[Text, str, dict[str, list[Any]] | None]:
         choice = self.choices[index]
         if delta.finish_reason is not None:
             choice.finish_reason, choice.usage = delta.finish_reason, delta.usage
-        stops = delta.request.stop_token_ids if delta.finish_reason == "stop" else ()
-        items = [item for item in delta.logprobs if item.token_id not in stops]
+            if self.prompt_alone and delta.usage is not None:
+                choice.finish_reason, choice.usage = "length", replace(delta.usage, completion_tokens=0)
+        text = "" if self.prompt_alone else delta.text
         if delta.request.sampling.logprobs is None:
-            return choice, None
+            return choice, text, None
+        stops = delta.request.stop_token_ids if delta.finish_reason == "stop" else ()
+        items = [item for item in delta.logprobs if item.token_id not in stops and not self.prompt_alone]
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        if delta.request.prompt_logprobs is not None and delta.token_ids and not choice.begun:
+            choice.begun = True
+            self._add(choice, found, delta.request.input_ids[0], None, None)  # nothing says how likely it is
+            items = [*delta.prompt_logprobs, *items]
         for item in items:
-            text = self.vocabulary.token(item.token_id)[0]
-            found["tokens"].append(text)
-            found["token_logprobs"].append(max(item.logprob, -9999.0))
-            found["top_logprobs"].append({self.vocabulary.token(i)[0]: max(p, -9999.0) for i, p in item.top})
-            found["text_offset"].append(choice.offset)
-            choice.offset += len(text)
-        return choice, found
+            top = {self.vocabulary.token(i)[0]: max(p, LEAST) for i, p in item.top}
+            self._add(choice, found, item.token_id, max(item.logprob, LEAST), top)
+        return choice, text, found
+
+    def _add(
+        self,
+        choice: Text,
+        found: dict[str, list[Any]],
+        token_id: int,
+        logprob: float | None,
+        top: dict[str, float] | None,
+    ) -> None:
+        text = self.vocabulary.token(token_id)[0]
+        found["tokens"].append(text)
+        found["token_logprobs"].append(logprob)
+        found["top_logprobs"].append(top)
+        found["text_offset"].append(choice.offset)
+        choice.offset += len(text)
 
     def _head(self) -> dict[str, Any]:
         return {"id": self.id, "object": "text_completion", "created": self.created, "model": self.opened.model}

@@ -145,6 +145,7 @@ class CompletionRequest(SamplingFields):
         | Annotated[list[int], Field(min_length=1)]
         | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
 
@@ -156,9 +157,9 @@ class CompletionRequest(SamplingFields):
         return list(self.prompt)
 
     @model_validator(mode="after")
-    def _echo_has_no_logprobs(self) -> CompletionRequest:
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo: not together with logprobs, which are those of the answer only")
+    def _answers_something(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 is for echo true only")
         best_of = (self.model_extra or {}).get("best_of")
         if best_of is not None and best_of != (self.n or 1):
             raise ValueError("best_of: is not supported. Use n.")

@@ -154,7 +154,8 @@ class Service:
     async def complete(self, body: CompletionRequest) -> Opened:
         """Check a request for texts to continue, and hand it to the engine; see ``chat``."""
         model, adapter = self.find_model(body.model)
-        sampling = self._sampling(body, body.max_tokens or COMPLETION_TOKENS, body.logprobs)
+        most = COMPLETION_TOKENS if body.max_tokens is None else max(body.max_tokens, 1)  # of 0, nothing is shown
+        sampling = self._sampling(body, most, body.logprobs)
         count = self._count(body, len(body.prompts))
         with self._room():
             all_ids = await self._encoded(self._prompt_ids, body.prompts)
@@ -169,6 +170,7 @@ class Service:
                 continues=True,
                 hidden_token_ids=template.hidden_token_ids,
                 penalize_prompt=template.penalize_prompt,
+                prompt_logprobs=body.logprobs if body.echo else None,
                 adapter=adapter,
             )
             for ids in all_ids

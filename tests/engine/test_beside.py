@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from mmtool.engine.beside import Beside, has_spare_core
+from mmtool.engine.beside import Beside, has_spare_cores
 from mmtool.engine.llama_step import LlamaStep
 
 
@@ -121,6 +121,8 @@ def test_what_a_prompt_has_in_common_with_one_computed_beside_is_waited_for(smal
     [
         (["0", "1"], 1, "max 100000", True),
         (["0", "1"], 2, "max 100000", False),
+        (["0", "1", "2"], 2, "max 100000", False),
+        (["0", "1", "2", "3"], 2, "max 100000", True),
         (["0-1", "0-1"], 1, "max 100000", False),  # two threads of one core
         (["0-1", "0-1", "2-3", "2-3"], 1, "max 100000", True),
         (["0", "1"], 1, "150000 100000", False),  # a container that may compute on one and a half
@@ -129,7 +131,7 @@ def test_what_a_prompt_has_in_common_with_one_computed_beside_is_waited_for(smal
         ([], 1, None, False),  # a system that does not say
     ],
 )
-def test_a_core_is_spare_where_torch_uses_fewer_than_there_are(monkeypatch, tmp_path, siblings, threads, quota, spare):
+def test_cores_are_spare_where_torch_uses_half_of_them(monkeypatch, tmp_path, siblings, threads, quota, spare):
     for number, text in enumerate(siblings):
         (tmp_path / str(number)).write_text(text)
     if quota is not None:
@@ -138,7 +140,7 @@ def test_a_core_is_spare_where_torch_uses_fewer_than_there_are(monkeypatch, tmp_
     monkeypatch.setattr("mmtool.engine.beside.QUOTA", tmp_path / "cpu.max")
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(max(1, len(siblings)))), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert has_spare_core() is spare
+    assert has_spare_cores() is spare
 
 
 def test_nobody_gets_the_slot_of_a_cancelled_prompt_while_it_is_written(small, gate):

@@ -223,6 +223,43 @@ def test_a_text_is_continued(server):
     assert answer.usage.completion_tokens == 3
 
 
+def test_an_echoed_prompt_has_log_probabilities(server):
+    client, prompt = server.client(), "There are three"
+    ids = server.post("/v1/tokenize", {"prompt": prompt}).json()["tokens"]
+    fields = {"model": "tiny", "prompt": ids, "echo": True, "logprobs": 2}
+    choice = client.completions.create(**fields, max_tokens=2).choices[0]
+    tokens = choice.logprobs.tokens
+    assert len(tokens) == len(ids) + 2
+    assert choice.logprobs.token_logprobs[0] is None and choice.logprobs.top_logprobs[0] is None
+    assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:])
+    assert all(len(top) == 2 for top in choice.logprobs.top_logprobs[1:])
+    lengths = map(len, tokens)
+    ends = [offset + length for offset, length in zip(choice.logprobs.text_offset, lengths, strict=True)]
+    assert choice.logprobs.text_offset == [0, *ends[:-1]]
+    assert choice.text.endswith("".join(tokens[len(ids) :]))
+    # The same tokens as an answer are as likely.
+    begun = client.completions.create(**fields | {"prompt": ids[:-1]}, max_tokens=1).choices[0]
+    expected = choice.logprobs.token_logprobs[1 : len(ids) - 1]
+    assert begun.logprobs.token_logprobs[1:-1] == pytest.approx(expected, abs=1e-3)
+    stream = [chunk.choices[0] for chunk in client.completions.create(**fields, max_tokens=2, stream=True)]
+    assert "".join(part.text for part in stream) == choice.text
+    assert [token for part in stream if part.logprobs for token in part.logprobs.tokens] == tokens
+
+
+def test_a_prompt_can_be_scored_without_an_answer(server):
+    client = server.client()
+    fields = {"model": "tiny", "prompt": ["There are three", "Hello"], "echo": True, "logprobs": 0, "temperature": 0}
+    answer = client.completions.create(**fields, max_tokens=0)
+    with_one = client.completions.create(**fields, max_tokens=1)
+    assert answer.usage.completion_tokens == 0 and answer.usage.prompt_tokens == with_one.usage.prompt_tokens
+    for choice, longer, prompt in zip(answer.choices, with_one.choices, fields["prompt"], strict=True):
+        assert (choice.text, choice.finish_reason) == (prompt, "length")
+        assert choice.logprobs.tokens == longer.logprobs.tokens[:-1]
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(longer.logprobs.token_logprobs[1:-1])
+    echoed = client.completions.create(**fields | {"logprobs": None}, max_tokens=0, stream=True)
+    assert {part.choices[0].index: part.choices[0].text for part in echoed} == dict(enumerate(fields["prompt"]))
+
+
 def test_the_blank_before_a_continued_text_is_kept(server):
     fields = {"model": "tiny", "prompt": "There are three", "max_tokens": 8, "logprobs": 0}
     choice = server.client().completions.create(**fields).choices[0]

@@ -164,3 +164,16 @@ def test_settings_that_vllm_does_not_take_are_named(pair, settings, message):
 
     with pytest.raises(MMToolError, match=message):
         VllmEngine(pair.spec, pair.folder, pair.template.tokenizer, VllmSettings(dtype="float32", **settings))
+
+
+def test_prompts_are_as_likely_as_for_the_pt_engine(pair, engine):
+    texts = ("Hello", "What is the capital of France, and of Germany? Say it in one word each.")
+    requests = [dataclasses.replace(pair.request(text), prompt_logprobs=count) for count, text in enumerate(texts)]
+    for _ in range(2):  # what was computed before changes nothing
+        for request in requests:
+            ours, theirs = (next(iter(one.generate([request]))).prompt_logprobs for one in (pair.pt, engine))
+            assert [item.token_id for item in theirs] == [item.token_id for item in ours] == request.input_ids[1:]
+            assert [item.logprob for item in theirs] == pytest.approx([item.logprob for item in ours], abs=1e-4)
+            assert [[index for index, _ in item.top] for item in theirs] == [
+                [index for index, _ in item.top] for item in ours
+            ]
