@@ -17,6 +17,7 @@ LAYERS = [
         "errors",
         "log",
         "utils",
+        "threads",
         "spec",
         "other_names",
         "options",
