@@ -2,8 +2,8 @@
 
 OpenMP gives every thread that computes with several a team of its own. While all teams together have no more members
 than there are processors, a member looks for its next piece of work for some milliseconds before it sleeps; with more
-members it sleeps at once, and every product then waits for the system to wake it. One answer at a time came at 59
-tokens per second instead of 93 for that reason (``examples/bench/README.md``). So one thread has a team, the one that
+members it sleeps at once, and every product then waits for the system to wake it. One answer at a time came at 60
+tokens per second instead of 90 for that reason (``examples/bench/README.md``). So one thread has a team, the one that
 runs the model.
 """
 

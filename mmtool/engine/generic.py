@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from mmtool.engine.base import TokenLogprob
+from mmtool.engine.base import Request, TokenLogprob
 from mmtool.engine.features import TOWERS
 from mmtool.engine.positions import joined_inputs, position_limit, token_tensors
-from mmtool.engine.sampling import RowError, Sampler, logprobs_of
+from mmtool.engine.sampling import SCORED_TOGETHER, RowError, Sampler, logprobs_of
 from mmtool.engine.slots import common_prefix
 from mmtool.engine.stepped import Run, SteppedEngine
 from mmtool.errors import MMToolError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mmtool.engine.adapters import Adapters
     from mmtool.template.base import MediaInput
 
+SCORED_BYTES = 2 * 2**30  # of logits, which a model gives for all of a prompt at once
 _CACHE_NAMES = ("past_key_values", "cache_params")  # the second is that of state space models
 
 
@@ -85,6 +86,13 @@ class GenericEngine(SteppedEngine):
         self.can_cut = reuse_prefix and _can_cut(self._new_cache())
         self.conversations: list[Conversation] = []
         self._clock = 0
+
+    def check(self, request: Request) -> None:
+        """Raise MMToolError for a request that can never run; see ``Engine.check``."""
+        super().check(request)
+        most = SCORED_BYTES // (self.vocab_size * self.model.dtype.itemsize)
+        if request.prompt_logprobs is not None and len(request.input_ids) > most:
+            raise MMToolError(f"prompt_logprobs: the prompt has {len(request.input_ids)} positions, the most is {most}")
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -159,7 +167,10 @@ class GenericEngine(SteppedEngine):
         conversation.tokens = list(run.prompt)
         self.stats.prefill_tokens += length - start
         if scored is not None:
-            run.prompt_logprobs = logprobs_of(logits[:-1], request.input_ids[1:], scored)
+            following = request.input_ids[1:]
+            for first in range(0, len(following), SCORED_TOGETHER):
+                some = following[first : first + SCORED_TOGETHER]
+                run.prompt_logprobs += logprobs_of(logits[first : first + len(some)], some, scored)
         run.draw = self._draw_for(run, logits.shape[-1], self.device)
         return self._sample(run, logits[-1:])
 
@@ -234,7 +245,7 @@ class GenericEngine(SteppedEngine):
 
     def _sample(self, run: Run, logits: Tensor) -> tuple[int, TokenLogprob | None]:
         sampler = Sampler([run.draw], self.device)
-        token_ids = sampler(logits).tolist()
+        token_ids = sampler(logits.float()).tolist()
         return token_ids[0], sampler.logprobs(token_ids)[0]
 
     def _forward(
@@ -261,7 +272,7 @@ class GenericEngine(SteppedEngine):
         outputs = self.model(**inputs, return_dict=True)
         cache = outputs.get(self.cache_name)
         conversation.cache = conversation.cache if cache is None else cache
-        return outputs.logits[0, -keep:].float().to(self.device)
+        return outputs.logits[0, -keep:].to(self.device)
 
     def _new_cache(self) -> Any:
         """Return an empty cache, with layers that keep every position where that is possible.

@@ -27,7 +27,7 @@ from mmtool.engine.llama_step import Chunk, LlamaStep, step_for
 from mmtool.engine.memory import fitting_length, free_memory, is_out_of_memory
 from mmtool.engine.pages import move_to_huge_pages
 from mmtool.engine.positions import Positions, check_attention
-from mmtool.engine.sampling import RowError, Sampler, logprobs_of
+from mmtool.engine.sampling import SCORED_TOGETHER, RowError, Sampler, logprobs_of
 from mmtool.engine.slots import CAPACITY_STEP, KVSlots, Slot, SlotCache, common_prefix
 from mmtool.engine.slotted import SlottedEngine
 from mmtool.engine.stepped import Run
@@ -42,7 +42,6 @@ PACK_SHARE = 1 / 3  # of free memory, for a copy of the weights
 SHARED_AT_MOST = 0.25  # part of a prompt that is rather computed than waited for
 TOGETHER_BESIDE = 256  # prompt positions that share their products in the second thread: the next wait less then
 TOUCHED_AT_ONCE = 256 * 2**20  # bytes of keys and values whose pages are taken at the start, not by the first requests
-SCORED_TOGETHER = 64  # prompt positions whose logits are there at a time, for all of the vocabulary
 PREFILL_ALONE = 2048  # prompt positions computed at once while nobody waits for the next token
 
 

@@ -14,6 +14,7 @@ from mmtool.errors import MMToolError
 __all__ = ["Draw", "RowError", "Sampler", "Sampling"]
 
 NUM_UNIFORMS = 32  # random numbers drawn at once per row
+SCORED_TOGETHER = 64  # prompt positions whose log-probabilities, for all of the vocabulary, are there at a time
 MIN_TOP_P = 1e-30  # what is less is 0 in float32, which would leave no token at all
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mmtool.engine.adapters import Adapters
-from mmtool.engine.base import Delta, Engine, FinishReason, Request, Stats, TokenLogprob, Usage
+from mmtool.engine.base import MAX_LOGPROBS, Delta, Engine, FinishReason, Request, Stats, TokenLogprob, Usage
 from mmtool.engine.sampling import Draw
 from mmtool.engine.slots import content_keys
 from mmtool.engine.text import Detokenizer, StopText
@@ -136,8 +136,11 @@ class SteppedEngine(Engine):
                 limit=self.max_model_len,
             )
         self.check_adapter(request)
-        if request.prompt_logprobs is not None and request.media:
-            raise MMToolError("prompt_logprobs: not for prompts with media, whose positions have no tokens")
+        if request.prompt_logprobs is not None:
+            if request.media:
+                raise MMToolError("prompt_logprobs: not for prompts with media, whose positions have no tokens")
+            if not 0 <= request.prompt_logprobs <= MAX_LOGPROBS:
+                raise MMToolError(f"prompt_logprobs must be from 0 to {MAX_LOGPROBS}, got {request.prompt_logprobs}")
         if self.vocab_size is not None:
             check_tokens(request, self.vocab_size)
 

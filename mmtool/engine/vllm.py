@@ -179,7 +179,7 @@ class VllmEngine(SteppedEngine):
             run.cached_tokens = output.num_cached_tokens or 0
             self.stats.cached_tokens += run.cached_tokens
             self.stats.prefill_tokens += len(run.request.input_ids) - run.cached_tokens
-            run.prompt_logprobs = _prompt_logprobs(run.request, output.prompt_logprobs)
+            run.prompt_logprobs = _prompt_logprobs(run.request, output.prompt_logprobs or ())
         wanted = run.request.sampling.logprobs
         for index, token_id in enumerate(answer.token_ids):
             self.stats.decode_tokens += 1
@@ -357,13 +357,13 @@ def _token_logprob(token_id: int, found: Mapping[int, Any], wanted: int) -> Toke
     return TokenLogprob(token_id, found[token_id].logprob, top)
 
 
-def _prompt_logprobs(request: Request, found: Sequence[Mapping[int, Any] | None] | None) -> list[TokenLogprob]:
+def _prompt_logprobs(request: Request, found: Sequence[Any]) -> list[TokenLogprob]:
     """Return those of all tokens of a prompt but the first, which has none."""
     wanted = request.prompt_logprobs
-    if wanted is None or found is None:
+    if wanted is None:
         return []
     pairs = zip(request.input_ids[1:], found[1:], strict=True)
-    return [_token_logprob(token_id, entries, wanted) for token_id, entries in pairs if entries is not None]
+    return [_token_logprob(token_id, entries, wanted) for token_id, entries in pairs]
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

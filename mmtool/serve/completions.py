@@ -64,8 +64,6 @@ class CompletionAnswer:
 
     async def whole(self) -> dict[str, Any]:
         """Return the body of an answer that is not streamed; errors as in ``ChatAnswer.whole``."""
-        for index, choice in enumerate(self.choices):
-            choice.text.append(self._echo(index))
         async for batch in read_all(self.opened.answers, self.metrics):
             for index, delta in batch:
                 choice, text, found = self._take(index, delta)
@@ -82,14 +80,11 @@ class CompletionAnswer:
     async def events(self, include_usage: bool, ping: float) -> AsyncGenerator[bytes, None]:
         """Give the parts of a streamed answer as server-sent events, the last one ``[DONE]``."""
         null_usage = {"usage": None} if include_usage else {}
-        started = [False] * len(self.choices)
         try:
             async for batch in read_all(self.opened.answers, self.metrics, ping):
                 pieces: list[str] = []
                 for index, delta in batch:
                     choice, text, logprobs = self._take(index, delta)
-                    text = text if started[index] else self._echo(index) + text
-                    started[index] = True
                     if self.log_answers:
                         choice.text.append(text)
                     if text or logprobs or delta.finish_reason:
@@ -112,18 +107,18 @@ class CompletionAnswer:
 
     def _take(self, index: int, delta: Delta) -> tuple[Text, str, dict[str, list[Any]] | None]:
         choice = self.choices[index]
+        begins, choice.begun = not choice.begun, True
         if delta.finish_reason is not None:
             choice.finish_reason, choice.usage = delta.finish_reason, delta.usage
             if self.prompt_alone and delta.usage is not None:
                 choice.finish_reason, choice.usage = "length", replace(delta.usage, completion_tokens=0)
-        text = "" if self.prompt_alone else delta.text
+        text = (self._echo(index) if begins else "") + ("" if self.prompt_alone else delta.text)
         if delta.request.sampling.logprobs is None:
             return choice, text, None
         stops = delta.request.stop_token_ids if delta.finish_reason == "stop" else ()
         items = [item for item in delta.logprobs if item.token_id not in stops and not self.prompt_alone]
         found: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        if delta.request.prompt_logprobs is not None and delta.token_ids and not choice.begun:
-            choice.begun = True
+        if begins and delta.request.prompt_logprobs is not None:
             self._add(choice, found, delta.request.input_ids[0], None, None)  # nothing says how likely it is
             items = [*delta.prompt_logprobs, *items]
         for item in items:

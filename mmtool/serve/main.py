@@ -235,7 +235,7 @@ def share_heaps() -> None:
     """Let threads share some heaps; with the C library's default, many keep each what the largest picture once took.
 
     Measured over some minutes of mixed traffic with two heaps: 570 MiB instead of 700. But threads that compute
-    together need one each: two of them on the same wait for each other at every product, a fifth of their time.
+    together need one each: two of them on the same wait for each other, up to a fifth of their time.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):  # not in musl

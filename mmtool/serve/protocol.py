@@ -39,7 +39,7 @@ _REFUSED = {
     "guided_grammar": "Use response_format.",
     "structured_outputs": "Use response_format.",
     "use_beam_search": "",
-    "prompt_logprobs": "",
+    "prompt_logprobs": "Use echo with logprobs at /v1/completions.",
 }
 
 Probability = Annotated[float, Field(gt=0, le=1)]

@@ -72,8 +72,7 @@ def test_a_part_that_is_computed_again_counts_once(small, monkeypatch):
             raise torch.OutOfMemoryError("once")
 
     monkeypatch.setattr(engine, "_score_prompt", failing)
-    # Somebody answers meanwhile, so that the prompt comes in parts.
-    monkeypatch.setattr("mmtool.engine.pt.PREFILL_ALONE", 50)
+    monkeypatch.setattr("mmtool.engine.pt.PREFILL_ALONE", 50)  # else, with nobody waiting, it is one part
     request = small.request(small.ids(1, 120), max_new_tokens=3, prompt_logprobs=1)
     check(small, request, list(engine.generate([request])))
     assert failed
@@ -83,7 +82,7 @@ def test_the_engine_for_any_model_gives_the_same(small):
     model = small.network()
     torch.manual_seed(4)
     network = LlamaForCausalLM(model.config.text_config).eval()
-    requests = [small.request(small.ids(seed, 5 + 30 * seed), prompt_logprobs=2) for seed in range(3)]
+    requests = [small.request(small.ids(seed, 5 + 60 * seed), prompt_logprobs=2) for seed in range(3)]
     requests += [small.request(requests[-1].input_ids, prompt_logprobs=0)]
     found = []
     for engine in (small.engine(network), GenericEngine(network, small.tokenizer, max_batch_size=2)):
@@ -96,6 +95,14 @@ def test_the_engine_for_any_model_gives_the_same(small):
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
 
 
-def test_pictures_are_refused(small):
+def test_what_cannot_be_told_is_refused(small, monkeypatch):
     with pytest.raises(MMToolError, match="prompts with media"):
         small.engine().answer(small.request(small.picture(1), small.ids(1, 3), prompt_logprobs=0))
+    for count in (-1, 21):
+        with pytest.raises(MMToolError, match=f"from 0 to 20, got {count}"):
+            small.engine().answer(small.request(small.ids(1, 3), prompt_logprobs=count))
+    engine = GenericEngine(LlamaForCausalLM(small.model.config.text_config).eval(), small.tokenizer)
+    monkeypatch.setattr("mmtool.engine.generic.SCORED_BYTES", 9 * 4 * small.vocabulary)
+    assert engine.answer(small.request(small.ids(1, 9), prompt_logprobs=0)).token_ids
+    with pytest.raises(MMToolError, match="10 positions, the most is 9"):
+        engine.answer(small.request(small.ids(1, 10), prompt_logprobs=0))
